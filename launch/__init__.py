@@ -1,0 +1,1 @@
+"""Starting processes: on this machine, or on a cluster. Run from a checkout."""

@@ -1,0 +1,296 @@
+"""The one schema of a run, and how a YAML file with `extends` and `a.b=c` overrides becomes it.
+
+Every fault of a configuration is reported at once, each naming its key: unknown keys with the nearest known
+one, wrong types, and what contradicts something else (heads against sequence degree, packs against ranks,
+names and dims against the data set).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmp.errors import UserError
+from lmp.objectives.settings import ObjectivesConfig
+from lmp.parallel.deepspeed_config import deepspeed_faults, merge
+
+
+class Section(BaseModel):
+    """A part of the schema: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """What is read and how it is packed. Everything here decides the plan, so changing it starts another run."""
+
+    train: list[str] = Field(min_length=1, description="folders of shards (each holds a manifest.json)")
+    pack_shots: int = Field(256, ge=1, description="P: shots in one packed row")
+    packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, whatever the number of processes")
+    window_shots: int | None = Field(None, ge=1, description="longest window; null: a whole film up to pack_shots")
+    read_ahead: int = Field(4, ge=1, description="packs read ahead of the step")
+    threads: int = Field(2, ge=1, description="reading threads per process")
+
+
+class ModelSection(Section):
+    """The shape of the network; modalities and their dims come from the data set."""
+
+    target: str = Field("video", description="the modality that the cross-modal transformer reconstructs")
+    sources: list[str] | None = Field(None, description="what it reads; null: every other modality")
+    width: int = Field(512, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    contextual_layers: int = Field(4, ge=0)
+    cross_layers: int = Field(4, ge=1)
+    contrastive_width: int = Field(256, ge=1)
+    positions: Literal["learned", "sinusoidal", "rope", "time_rope"] = "learned"
+    max_positions: int = Field(512, ge=1, description="longest window that learned positions can number")
+    initial_temperature: float = Field(0.07, gt=0)
+    minimum_temperature: float = Field(0.01, gt=0)
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0, description="not on norms, biases, embeddings and temperatures")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    final_lr_fraction: float = Field(0.01, ge=0, le=1)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+
+
+class TrainConfig(Section):
+    """How long and in which precision."""
+
+    steps: int = Field(1000, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = Field(10, ge=1, description="steps between full metrics (rivals, accuracy); losses are logged each step")
+    peak_tflops: float | None = Field(None, gt=0, description="of one device, for the MFU; null: known devices only")
+
+
+class ParallelConfig(Section):
+    """How the work is spread over processes."""
+
+    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    sequence: int = Field(1, ge=1, description="processes that share one pack (Ulysses)")
+    timeout_minutes: float = Field(10.0, gt=0, description="after which a silent peer is taken for dead")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed keys, passed through")
+
+
+class CheckpointConfig(Section):
+    """When the state is saved and how much is kept."""
+
+    every_steps: int | None = Field(200, ge=1)
+    every_minutes: float | None = Field(None, gt=0)
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataConfig
+    model: ModelSection = Field(default_factory=ModelSection)
+    objectives: ObjectivesConfig = Field(default_factory=ObjectivesConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply what it extends and the `a.b=c` overrides, and validate.
+
+    Raises:
+        UserError: naming every fault at once.
+    """
+    path = Path(path)
+    raw = merge(_read(path, seen=()), _parse_overrides(overrides))
+    return validate(raw, source=str(path))
+
+
+def validate(raw: Mapping[str, Any], *, source: str) -> Config:
+    """Turn a mapping into a Config, or report all its faults."""
+    config, faults = _build(raw)
+    if config is not None:
+        faults += contradictions(config)
+    _raise_faults(faults, source)
+    assert config is not None
+    return config
+
+
+def check_run(config: Config, *, world_size: int, modalities: Mapping[str, Any], source: str = "the configuration") -> None:
+    """Hold a configuration against the processes and the data set that it meets.
+
+    Args:
+        config: the validated configuration.
+        world_size: number of processes.
+        modalities: the modalities of the data set, by name.
+        source: named in the message.
+
+    Raises:
+        UserError: naming every fault at once.
+    """
+    faults = []
+    sequence = config.parallel.sequence
+    if world_size % sequence:
+        faults.append(f"parallel.sequence={sequence} does not divide the {world_size} processes")
+    elif config.data.packs_per_step % (world_size // sequence):
+        faults.append(
+            f"data.packs_per_step={config.data.packs_per_step} cannot be dealt evenly to "
+            f"{world_size // sequence} data-parallel ranks"
+        )
+    known = list(modalities)
+    wanted = {"model.target": [config.model.target], "model.sources": config.model.sources or []}
+    for key, names in wanted.items():
+        faults += [f"{key}: {_unknown(name, known, 'modality of the data set')}" for name in names if name not in known]
+    if len(known) < 2:
+        faults.append(f"the data set has only {known}: reconstruction needs a target and at least one source")
+    _raise_faults(faults, source)
+
+
+def contradictions(config: Config) -> list[str]:
+    """What in a configuration contradicts something else in it."""
+    model, parallel, data = config.model, config.parallel, config.data
+    faults = []
+    if model.width % model.heads:
+        faults.append(f"model.width={model.width} is not a multiple of model.heads={model.heads}")
+    if model.heads % parallel.sequence:
+        faults.append(f"model.heads={model.heads} is not a multiple of parallel.sequence={parallel.sequence}")
+    if data.pack_shots % parallel.sequence:
+        faults.append(f"data.pack_shots={data.pack_shots} is not a multiple of parallel.sequence={parallel.sequence}")
+    if model.positions == "learned" and model.max_positions < data.pack_shots:
+        faults.append(
+            f"model.max_positions={model.max_positions} is less than data.pack_shots={data.pack_shots}: "
+            "learned positions number every place of a pack"
+        )
+    if model.sources is not None and model.target in model.sources:
+        faults.append(f"model.sources holds model.target={model.target}: the target cannot be its own source")
+    if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
+        faults.append("checkpoint.every_steps and checkpoint.every_minutes are both null: nothing would be saved")
+    return faults + deepspeed_faults(config)
+
+
+def config_help() -> Iterable[tuple[str, str, str]]:
+    """Every key of the schema with its default and its meaning, in order."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, str]]:
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from walk(inner, f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+                yield f"{prefix}{name}", default, field.description or ""
+
+    return walk(Config, "")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        raise UserError(f"{path}: no such configuration file", remedy=hint)
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: extends itself through {seen[-1]}", remedy="remove one `extends`")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f", line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{place}: not valid YAML", remedy="mend the file") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a {type(raw).__name__}, not keys and values", remedy="write `key: value` lines")
+    bases = raw.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = merge(merged, _read(path.parent / base, (*seen, resolved)))
+    return merge(merged, raw)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {override!r} is not of the form a.b=c", remedy="write for example train.steps=100")
+        try:
+            tree = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not valid YAML", remedy="quote it") from error
+        for name in reversed(key.strip().split(".")):
+            tree = {name: tree}
+        merged = merge(merged, tree)
+    return merged
+
+
+def _build(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """Validate; where keys are at fault, set them aside and go on, so that contradictions among the rest are seen too."""
+    try:
+        return Config.model_validate(raw), []
+    except ValidationError as error:
+        problems = error.errors()
+    faults = [_describe(problem["loc"], problem["type"], problem["msg"]) for problem in problems]
+    rest = merge({}, raw)
+    for problem in problems:
+        _drop(rest, problem["loc"])
+    try:
+        return Config.model_validate(rest), faults
+    except ValidationError:
+        return None, faults
+
+
+def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{key}: {message[0].lower()}{message[1:]}"
+    section = _section_at(location[:-1])
+    return f"{key}: {_unknown(str(location[-1]), list(section.model_fields), 'key')}"
+
+
+def _unknown(name: str, known: list[str], what: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"no such {what}" + (f", did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return section
+
+
+def _drop(raw: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    """Remove the faulty key: the deepest mapping entry on the way to it."""
+    holder, name = raw, str(location[0])
+    for part in location[1:]:
+        below = holder.get(name)
+        if not isinstance(below, dict) or not isinstance(part, str):
+            break
+        holder[name] = holder = dict(below)
+        name = part
+    holder.pop(name, None)
+
+
+def _raise_faults(faults: list[str], source: str) -> None:
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(
+            f"{source}: {count}: " + "; ".join(faults),
+            remedy="mend the file or the override (`lmp config keys` lists every key)",
+        )

@@ -1,0 +1,1 @@
+"""Shards of film features, their index, the plan of an epoch, and the loader."""

@@ -1,0 +1,1 @@
+"""What a pretrained model is worth: retrieval, probes, and the report of both."""

@@ -1,0 +1,497 @@
+"""The LMP model: contextual transformers, a cross-modal transformer, and the heads of pretraining.
+
+Shape letters: P shots in a pack, K tokens of a modality in one shot, T = P * K tokens, D width, E width of
+the contrastive space, H heads, C head dimension, I width of a base feature.
+
+Nothing here knows of parallelism. Under sequence parallelism P is a rank's own share of the pack, `lengths`
+describe the whole pack, and the function given to `set_attention` does the exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .attention import (
+    Attend,
+    CrossAttention,
+    Rotary,
+    Segments,
+    SelfAttention,
+    attention,
+    places,
+    rotary_of,
+    rotation_angles,
+    sinusoid,
+)
+from .configuration_lmp import LmpConfig
+
+
+@dataclass
+class LmpModelOutput(ModelOutput):
+    """What the model says about every shot; [B, S, K, D] instead of [P, K, D] for a dense batch.
+
+    Attributes:
+        contextual: NAME -> [P, K, D], the tokens of each modality in the context of their segment.
+        cross: [P, K of the target, D], the target's tokens as the sources tell them.
+    """
+
+    contextual: dict[str, Tensor] | None = None
+    cross: Tensor | None = None
+
+
+@dataclass
+class LmpPretrainingOutput(ModelOutput):
+    """The model's tokens, and their places in the contrastive spaces (width E: fp32, unit length).
+
+    Attributes:
+        contextual, cross: as in `LmpModelOutput`.
+        predicted: NAME -> [P, K, E], what the context says a shot's base feature is.
+        target: NAME -> [P, K, E], the base feature itself; all alike where it is not valid.
+        aligned: NAME -> [P, K, E], contextual tokens in the space that modalities share.
+        reconstructed: [P, K of the target, E], cross-modal tokens in that space.
+        scale: "masked" | "alignment" | "reconstruction" -> [1] fp32, one over the temperature.
+    """
+
+    contextual: dict[str, Tensor] | None = None
+    cross: Tensor | None = None
+    predicted: dict[str, Tensor] | None = None
+    target: dict[str, Tensor] | None = None
+    aligned: dict[str, Tensor] | None = None
+    reconstructed: Tensor | None = None
+    scale: dict[str, Tensor] | None = None
+
+
+class LearnedPositions(nn.Embedding):
+    """A table over the place within the segment, which begins as the sinusoidal one.
+
+    Places past the end share the last row: a row's idle segment may be longer than any window.
+    """
+
+    def forward(self, position_P: Tensor) -> Tensor:
+        return super().forward(position_P.clamp(max=self.num_embeddings - 1))
+
+
+class ModalityEmbedding(nn.Module):
+    """Base features of one modality -> tokens; what is missing becomes NONE, what is hidden becomes MASK."""
+
+    def __init__(self, config: LmpConfig, modality: str) -> None:
+        super().__init__()
+        shape = config.modalities[modality]
+        self.projection = nn.Linear(shape["width"], config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.none = nn.Parameter(torch.empty(config.width))
+        self.mask = nn.Parameter(torch.empty(config.width))
+        self.modality = nn.Parameter(torch.empty(config.width))
+        self.tokens = nn.Embedding(shape["tokens"], config.width) if shape["tokens"] > 1 else None
+
+    def forward(
+        self, feature_PKI: Tensor, valid_P: Tensor, masked_P: Tensor, position_PD: Tensor | None
+    ) -> Tensor:
+        """[P, K, I] -> [P, K, D]; features that are not seen reach neither the output nor a gradient."""
+        valid_P11, seen_P11 = valid_P[:, None, None], (valid_P & ~masked_P)[:, None, None]
+        feature_PKI = hide(feature_PKI, seen_P11).to(self.projection.weight.dtype)
+        token_PKD = self.norm(self.projection(feature_PKI))
+        token_PKD = torch.where(seen_P11, token_PKD, torch.where(valid_P11, self.mask, self.none))
+        token_PKD = token_PKD + self.modality
+        return add_places(token_PKD, self.tokens, position_PD)
+
+
+def hide(feature: Tensor, seen: Tensor) -> Tensor:
+    """Zeros where not `seen`, which also keeps what is not finite there out of every gradient."""
+    return torch.where(seen, feature, feature.new_zeros(()))
+
+
+def add_places(token_PKD: Tensor, tokens: nn.Embedding | None, position_PD: Tensor | None) -> Tensor:
+    """Add the embedding of a token's number within its shot, and of the shot's place within its segment."""
+    if tokens is not None:
+        token_PKD = token_PKD + tokens(torch.arange(tokens.num_embeddings, device=token_PKD.device))
+    if position_PD is not None:
+        token_PKD = token_PKD + position_PD[:, None]
+    return token_PKD
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ContextualBlock(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = SelfAttention(config.width, config.heads)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, int(config.mlp_ratio * config.width), config.width)
+
+    def forward(self, x_TD: Tensor, segments: Segments, rotary: Rotary, attend: Attend) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), segments, rotary, attend)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm self-attention over the queries, cross-attention to the sources, MLP."""
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.self_attention = SelfAttention(config.width, config.heads)
+        self.cross_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.cross_attention = CrossAttention(config.width, config.heads)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, int(config.mlp_ratio * config.width), config.width)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        source_TD: Tensor,
+        segments: tuple[Segments, Segments],
+        rotary: tuple[Rotary, Rotary],
+        attend: Attend,
+    ) -> Tensor:
+        x_TD = x_TD + self.self_attention(self.self_norm(x_TD), segments[0], rotary[0], attend)
+        x_TD = x_TD + self.cross_attention(self.cross_norm(x_TD), source_TD, segments, rotary, attend)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class ContextualTransformer(nn.Module):
+    """Encoder over the tokens of one modality."""
+
+    def __init__(self, config: LmpConfig, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ContextualBlock(config) for _ in range(layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, x_PKD: Tensor, segments: Segments, rotary: Rotary, attend: Attend) -> Tensor:
+        x_TD = x_PKD.flatten(0, 1)
+        for layer in self.layers:
+            x_TD = layer(x_TD, segments, rotary, attend)
+        return self.norm(x_TD).view_as(x_PKD)
+
+
+class CrossTransformer(nn.Module):
+    """Learned queries, one per token of the target modality, that read the sources' contextual tokens."""
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__()
+        tokens = config.modalities[config.target]["tokens"]
+        self.target_tokens = tokens
+        self.query = nn.Parameter(torch.empty(config.width))
+        self.tokens = nn.Embedding(tokens, config.width) if tokens > 1 else None
+        self.layers = nn.ModuleList(CrossBlock(config) for _ in range(config.cross_layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(
+        self,
+        source_PND: Tensor,
+        position_PD: Tensor | None,
+        segments: tuple[Segments, Segments],
+        rotary: tuple[Rotary, Rotary],
+        attend: Attend,
+    ) -> Tensor:
+        """[P, N, D], the N source tokens of each shot side by side -> [P, K of the target, D]."""
+        query_PKD = self.query.expand(source_PND.shape[0], self.target_tokens, -1)
+        query_PKD = add_places(query_PKD, self.tokens, position_PD)
+        x_TD, source_TD = query_PKD.flatten(0, 1), source_PND.flatten(0, 1)
+        for layer in self.layers:
+            x_TD = layer(x_TD, source_TD, segments, rotary, attend)
+        return self.norm(x_TD).view_as(query_PKD)
+
+
+class Temperature(nn.Module):
+    """A learned temperature, floor + exp(log_excess): above its floor, and never without a gradient."""
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__()
+        self.floor = config.minimum_temperature
+        self.log_excess = nn.Parameter(torch.empty(1))
+
+    def forward(self) -> Tensor:
+        """[1] fp32: one over the temperature."""
+        return 1.0 / (self.floor + self.log_excess.float().exp())
+
+
+class TargetProjection(nn.Linear):
+    """Base features, layer-normed without weights, into the contrastive space: [..., I] -> [..., E].
+
+    The bias does not begin at zero, so that a featureless shot (silence) has a direction to be compared by.
+    """
+
+    def forward(self, feature: Tensor) -> Tensor:
+        feature = F.layer_norm(feature.float(), feature.shape[-1:])
+        return super().forward(feature.to(self.weight.dtype))
+
+
+class LmpPreTrainedModel(PreTrainedModel):
+    """What both models share: the configuration class and how weights begin."""
+
+    config_class = LmpConfig
+    base_model_prefix = "lmp"
+    _supports_sdpa = True
+    _no_split_modules = ["ContextualBlock", "CrossBlock"]  # noqa: RUF012  (read by transformers as a plain list)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Temperature):
+            excess = self.config.initial_temperature - self.config.minimum_temperature
+            nn.init.constant_(module.log_excess, math.log(excess))
+        elif isinstance(module, LearnedPositions):
+            self._init_positions(module.weight)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias" and not isinstance(module, TargetProjection):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, mean=0.0, std=std)
+
+    @torch.no_grad()
+    def _init_positions(self, weight: Tensor) -> None:
+        # Loaded weights carry a mark that only torch.nn.init minds. An empty weight is a ZeRO-3 shard.
+        if weight.numel() and not getattr(weight, "_is_hf_initialized", False):
+            place_P = torch.arange(weight.shape[0], device=weight.device)
+            weight.copy_(sinusoid(place_P, weight.shape[1]))
+
+
+class LmpModel(LmpPreTrainedModel):
+    """Contextual transformers and the cross-modal transformer, without heads.
+
+    There is no dropout, and all submodules run in the same order on every call, whatever is missing.
+
+    Attributes:
+        attention: the function that does all attention; replace it with `set_attention`.
+    """
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__(config)
+        names = list(config.modalities)
+        self.attention: Attend = attention
+        self.positions = (
+            LearnedPositions(config.max_positions, config.width) if config.positions == "learned" else None
+        )
+        self.embeddings = nn.ModuleDict({name: ModalityEmbedding(config, name) for name in names})
+        self.contextual = nn.ModuleDict(
+            {name: ContextualTransformer(config, config.layers_of(name)) for name in names}
+        )
+        self.cross = CrossTransformer(config)
+        self.post_init()
+
+    def set_attention(self, attend: Attend) -> None:
+        """Use `attend` (signature and shapes of `attention.attention`) for all attention."""
+        self.attention = attend
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        valid: dict[str, Tensor] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        positions: Tensor | None = None,
+        times: Tensor | None = None,
+        masked: dict[str, Tensor] | None = None,
+    ) -> LmpModelOutput:
+        """Run one packed row [P, ...], or a dense batch [B, S, ...] of B segments of S shots.
+
+        Args:
+            features: NAME -> [P, K, I] (or [B, S, K, I]), any floating dtype. A modality that is left out is
+                missing in every shot.
+            valid: NAME -> [P] bool, False where the shot lacks the modality. Default: all given are valid.
+            lengths: shots of each segment of the whole pack; packed form only. Default: one segment.
+            positions: [P] int64, place of each shot within its segment. Default: counted from `lengths`.
+            times: [P] float, start of each shot in seconds; needed by positions "time_rope".
+            masked: NAME -> [P] bool, shots whose features are hidden; missing ones stay so. Default: none.
+
+        Raises:
+            ValueError: names, shapes or lengths that do not fit the configuration or each other.
+        """
+        features, valid, masked = complete_inputs(self.config, features, valid, masked)
+        shape = next(iter(features.values())).shape[:-2]
+        if len(shape) == 2:
+            if lengths is not None:
+                raise ValueError(
+                    "lengths describe packed rows [P, ...]; a dense batch [B, S, ...] has its own"
+                )
+            lengths = (shape[1],) * shape[0]
+        lengths = tuple(lengths) if lengths is not None else tuple(shape)
+        device = next(iter(features.values())).device
+        position_P = self._positions(positions, lengths, shape, device)
+        angle_PC = self._angles(position_P, times, shape)
+        position_PD = self._added_positions(position_P)
+        layouts: dict[int, tuple[Segments, Rotary]] = {}
+
+        def layout(tokens: int) -> tuple[Segments, Rotary]:
+            if tokens not in layouts:
+                segments = Segments.from_lengths(lengths, device=device, tokens_per_shot=tokens)
+                layouts[tokens] = segments, rotary_of(angle_PC, tokens)
+            return layouts[tokens]
+
+        contextual = {}
+        for name, spec in self.config.modalities.items():
+            feature_PKI = features[name].flatten(0, -3)
+            token_PKD = self.embeddings[name](
+                feature_PKI, valid[name].flatten(), masked[name].flatten(), position_PD
+            )
+            contextual[name] = self.contextual[name](token_PKD, *layout(spec["tokens"]), self.attention)
+        source_PND = torch.cat([contextual[name] for name in self.config.sources], dim=1)
+        query, source = layout(self.cross.target_tokens), layout(source_PND.shape[1])
+        segments, rotary = (query[0], source[0]), (query[1], source[1])
+        cross = self.cross(source_PND, position_PD, segments, rotary, self.attention)
+        return LmpModelOutput(
+            contextual={name: token_PKD.unflatten(0, shape) for name, token_PKD in contextual.items()},
+            cross=cross.unflatten(0, shape),
+        )
+
+    def _positions(
+        self, positions: Tensor | None, lengths: tuple[int, ...], shape: torch.Size, device: torch.device
+    ) -> Tensor:
+        if positions is not None:
+            if positions.shape != shape:
+                raise ValueError(
+                    f"positions have shape {tuple(positions.shape)}, features have {tuple(shape)}"
+                )
+            return positions.flatten()
+        if sum(lengths) != shape.numel():
+            raise ValueError(
+                f"lengths hold {sum(lengths)} shots, features hold {shape.numel()}: "
+                "correct the lengths, or pass positions if this is a share of the pack"
+            )
+        if self.positions is not None and max(lengths) > self.config.max_positions:
+            raise ValueError(
+                f"a segment of {max(lengths)} shots exceeds max_positions {self.config.max_positions}: "
+                "cut it, or use a model with other positions"
+            )
+        return places(lengths, device)
+
+    def _added_positions(self, position_P: Tensor) -> Tensor | None:
+        if self.positions is not None:
+            return self.positions(position_P)
+        if self.config.positions == "sinusoidal":
+            return sinusoid(position_P, self.config.width).to(self.cross.query.dtype)
+        return None
+
+    def _angles(self, position_P: Tensor, times: Tensor | None, shape: torch.Size) -> Tensor | None:
+        head_width = self.config.width // self.config.heads
+        if self.config.positions == "rope":
+            return rotation_angles(position_P, head_width, base=self.config.rope_base)
+        if self.config.positions == "time_rope":
+            if times is None or times.shape != shape:
+                found = None if times is None else tuple(times.shape)
+                raise ValueError(f"positions 'time_rope' need times of shape {tuple(shape)}, got {found}")
+            return rotation_angles(times.flatten(), head_width, base=self.config.rope_base)
+        return None
+
+
+class LmpForPretraining(LmpPreTrainedModel):
+    """`LmpModel` under the key `lmp`, with the heads that the objectives compare."""
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__(config)
+        width, space = config.width, config.contrastive_width
+        names = list(config.modalities)
+        self.lmp = LmpModel(config)
+        self.prediction_heads = nn.ModuleDict({name: Mlp(width, width, space) for name in names})
+        self.target_projections = nn.ModuleDict(
+            {name: TargetProjection(config.modalities[name]["width"], space) for name in names}
+        )
+        self.alignment_heads = nn.ModuleDict({name: Mlp(width, width, space) for name in names})
+        self.reconstruction_head = Mlp(width, width, space)
+        self.temperatures = nn.ModuleDict(
+            {name: Temperature(config) for name in ("masked", "alignment", "reconstruction")}
+        )
+        self.post_init()
+
+    def set_attention(self, attend: Attend) -> None:
+        """As `LmpModel.set_attention`."""
+        self.lmp.set_attention(attend)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        valid: dict[str, Tensor] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        positions: Tensor | None = None,
+        times: Tensor | None = None,
+        masked: dict[str, Tensor] | None = None,
+    ) -> LmpPretrainingOutput:
+        """Arguments and errors as `LmpModel.forward`."""
+        features, valid, masked = complete_inputs(self.config, features, valid, masked)
+        out = self.lmp(features, valid, lengths=lengths, positions=positions, times=times, masked=masked)
+        return LmpPretrainingOutput(
+            contextual=out.contextual,
+            cross=out.cross,
+            predicted={name: unit(self.prediction_heads[name](x)) for name, x in out.contextual.items()},
+            target={name: self._target(name, features[name], valid[name]) for name in out.contextual},
+            aligned={name: unit(self.alignment_heads[name](x)) for name, x in out.contextual.items()},
+            reconstructed=unit(self.reconstruction_head(out.cross)),
+            scale={name: temperature() for name, temperature in self.temperatures.items()},
+        )
+
+    def _target(self, name: str, feature_PKI: Tensor, valid_P: Tensor) -> Tensor:
+        return unit(self.target_projections[name](hide(feature_PKI, valid_P[..., None, None]).detach()))
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x` in fp32, its last axis scaled to length 1."""
+    return F.normalize(x.float(), dim=-1)
+
+
+Inputs = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+def complete_inputs(
+    config: LmpConfig,
+    features: dict[str, Tensor],
+    valid: dict[str, Tensor] | None,
+    masked: dict[str, Tensor] | None,
+) -> Inputs:
+    """Check features, valid and masked, and fill in every modality, in the configuration's order."""
+    if not features:
+        raise ValueError(f"features are empty: give at least one of {list(config.modalities)}")
+    for what, tensors in (("features", features), ("valid", valid or {}), ("masked", masked or {})):
+        if unknown := [name for name in tensors if name not in config.modalities]:
+            raise ValueError(
+                f"{what} of unknown modalities {unknown}: the model has {list(config.modalities)}"
+            )
+    like = next(iter(features.values()))
+    shape = like.shape[:-2]
+    if len(shape) not in (1, 2):
+        raise ValueError(f"features have shape {tuple(like.shape)}: give [P, K, width] or [B, S, K, width]")
+    all_valid = valid or {}
+    all_masked = masked or {}
+    full: Inputs = ({}, {}, {})
+    for name, spec in config.modalities.items():
+        want = (*shape, spec["tokens"], spec["width"])
+        given = name in features
+        feature = features[name] if given else like.new_zeros(want)
+        absent = torch.zeros(shape, dtype=torch.bool, device=like.device)
+        valid_P = all_valid.get(name, ~absent) if given else absent
+        masked_P = all_masked.get(name, absent)
+        if tuple(feature.shape) != want:
+            raise ValueError(f"features[{name!r}] have shape {tuple(feature.shape)}, expected {want}")
+        for what, flag_P in (("valid", valid_P), ("masked", masked_P)):
+            if flag_P.shape != shape or flag_P.dtype != torch.bool:
+                raise ValueError(
+                    f"{what}[{name!r}] is {flag_P.dtype} of shape {tuple(flag_P.shape)}, "
+                    f"expected torch.bool of shape {tuple(shape)}"
+                )
+        full[0][name], full[1][name], full[2][name] = feature, valid_P, masked_P
+    return full

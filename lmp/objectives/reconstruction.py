@@ -1,0 +1,63 @@
+"""Cross-modal reconstruction: the target modality's contextual embedding, told from the other modalities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmp.objectives.base import Gather, ObjectiveBatch, ObjectiveOutput, PackView, Tally, Term, contrast
+from lmp.objectives.contrastive import at_least_fp32
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """InfoNCE between the cross-modal tokens and the target modality's alignment embeddings.
+
+    The latter get no gradient. Rows are the target's valid unmasked tokens where at least one source is valid and
+    unmasked; candidates are all the target's valid unmasked tokens of the pack.
+
+    Args:
+        sources: names of the modalities that the cross-modal transformer reads; None: all but the target.
+    """
+
+    target: str = "video"
+    sources: tuple[str, ...] | None = None
+    weight: float = 1.0
+    tile: int = 4096
+    name: str = "reconstruction"
+
+    def count(self, batch: ObjectiveBatch, gather: Gather) -> Tensor:
+        """Rows of this slice."""
+        return self._rows(batch).double().sum() * batch.features[self.target].shape[1]
+
+    def __call__(
+        self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False
+    ) -> Term:
+        """The loss of this slice; see Objective."""
+        pack = PackView.of(batch, gather)
+        scale = output.scale["reconstruction"]
+        tally = Tally(scale, output.reconstructed)
+        scores = contrast(
+            at_least_fp32(output.reconstructed),
+            gather(at_least_fp32(output.aligned[self.target].detach())),
+            rows_P=self._rows(batch),
+            chosen_P=pack.valid[self.target] & ~pack.masked[self.target],
+            place_P=pack.place_P,
+            scale=scale,
+            tile=self.tile,
+        )
+        tally.add(self.target, scores)
+        return tally.term()
+
+    def _rows(self, batch: ObjectiveBatch) -> Tensor:
+        """[P_local] bool."""
+        sources = self.sources
+        if sources is None:
+            sources = tuple(name for name in batch.features if name != self.target)
+        seen = {name: batch.valid[name] & ~batch.masked[name] for name in (self.target, *sources)}
+        some_source_P = torch.zeros_like(seen[self.target])
+        for name in sources:
+            some_source_P = some_source_P | seen[name]
+        return seen[self.target] & some_source_P

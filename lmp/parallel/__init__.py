@@ -1,0 +1,1 @@
+"""The mesh of processes, Ulysses sequence parallelism, and the contract between losses and gradients."""

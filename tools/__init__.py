@@ -1,0 +1,1 @@
+"""Converters, run from a checkout."""
