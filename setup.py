@@ -36,7 +36,6 @@ setup(
         "deepspeed==0.19.8",
         "transformers>=4.51",
         "webdataset>=1.0.2",
-        "torchdata>=0.11",
         "safetensors>=0.5",
         "numpy>=1.26",
         "pydantic>=2.10",

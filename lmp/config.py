@@ -48,7 +48,7 @@ class ModelSection(Section):
     contextual_layers: int = Field(4, ge=0)
     cross_layers: int = Field(4, ge=1)
     contrastive_width: int = Field(256, ge=1)
-    positions: Literal["learned", "sinusoidal", "rope", "time_rope"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rope", "time_rope"] = "rope"
     max_positions: int = Field(512, ge=1, description="longest window that learned positions can number")
     initial_temperature: float = Field(0.07, gt=0)
     minimum_temperature: float = Field(0.01, gt=0)
@@ -171,11 +171,9 @@ def contradictions(config: Config) -> list[str]:
         faults.append(f"model.heads={model.heads} is not a multiple of parallel.sequence={parallel.sequence}")
     if data.pack_shots % parallel.sequence:
         faults.append(f"data.pack_shots={data.pack_shots} is not a multiple of parallel.sequence={parallel.sequence}")
-    if model.positions == "learned" and model.max_positions < data.pack_shots:
-        faults.append(
-            f"model.max_positions={model.max_positions} is less than data.pack_shots={data.pack_shots}: "
-            "learned positions number every place of a pack"
-        )
+    window = data.window_shots or data.pack_shots
+    if model.positions == "learned" and model.max_positions < window:
+        faults.append(f"model.max_positions={model.max_positions} cannot number the {window} places of a window")
     if model.sources is not None and model.target in model.sources:
         faults.append(f"model.sources holds model.target={model.target}: the target cannot be its own source")
     if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:

@@ -17,8 +17,8 @@ from lmp.objectives.contrastive import at_least_fp32
 class Alignment:
     """Symmetric InfoNCE for each pair of modalities, half from each side.
 
-    Per pair: rows and candidates are the shots that are valid and unmasked in both. A shot with several tokens
-    counts as their mean, at unit length.
+    Per pair: rows and candidates are the shots that are valid and unmasked in both. A shot with several
+    tokens counts as their mean, at unit length.
     """
 
     weight: float = 1.0

@@ -16,8 +16,9 @@ from lmp.objectives.rivals import rival_hits
 class MaskedShot:
     """InfoNCE between the prediction at each masked token and the projected base features of the pack.
 
-    Per modality: rows are the masked tokens; candidates are all valid tokens of the pack, masked or not, of all
-    its segments. The rivals `copy_top1` and `mean_top1` answer the same question from base features alone.
+    Per modality: rows are the masked tokens; candidates are all valid tokens of the pack, masked or not, of
+    all its segments. The rivals `copy_top1` and `mean_top1` answer the same question from base features
+    alone.
     """
 
     weight: float = 1.0
@@ -36,7 +37,7 @@ class MaskedShot:
     ) -> Term:
         """The loss of this slice; see Objective."""
         pack = PackView.of(batch, gather)
-        tally = Tally(output.scale["masked"])
+        tally = Tally(output.scale["masked"], *output.predicted.values(), *output.target.values())
         for name, features_PKD in batch.features.items():
             scores = contrast(
                 at_least_fp32(output.predicted[name]),

@@ -1,7 +1,7 @@
 """Which shots are masked: a pure function of (seed, epoch, step, modality, film, shot).
 
-No random stream is kept, so a shot's mask does not depend on the rank, the slice or the pack that holds it, nor
-on the device.
+No random stream is kept, so a shot's mask does not depend on the rank, the slice or the pack that holds it,
+nor on the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def draw_masks(
         shot_P: [P] int64 shot number in the film.
         seed, epoch, step: of the run; the same three give the same masks.
         ratio: probability for a shot to be masked, 0 to 1.
-        span: masked shots come in runs of this many (fewer at a film's ends); where runs begin is drawn per film.
+        span: masked shots come in runs of this many (fewer at a film's ends); where runs may begin is drawn
+            per film.
 
     Returns:
         NAME -> [P] bool, True only where valid.

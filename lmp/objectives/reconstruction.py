@@ -15,8 +15,8 @@ from lmp.objectives.contrastive import at_least_fp32
 class Reconstruction:
     """InfoNCE between the cross-modal tokens and the target modality's alignment embeddings.
 
-    The latter get no gradient. Rows are the target's valid unmasked tokens where at least one source is valid and
-    unmasked; candidates are all the target's valid unmasked tokens of the pack.
+    The latter get no gradient. Rows are the target's valid unmasked tokens where at least one source is valid
+    and unmasked; candidates are all the target's valid unmasked tokens of the pack.
 
     Args:
         sources: names of the modalities that the cross-modal transformer reads; None: all but the target.

@@ -1,7 +1,8 @@
 """Cheap rivals of masked shot modelling: what needs no training must be beaten.
 
-Both predict a masked token's base feature from the unmasked shots of its own segment, and choose by cosine among
-the candidates of the loss, in base-feature space centred on the pack's mean (raw features share a large part).
+Both predict a masked token's base feature from the unmasked shots of its own segment, and choose by cosine
+among the candidates of the loss, in base-feature space centred on the pack's mean (raw features share a large
+part).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def rival_hits(
         tile: see top1_hits.
 
     Returns:
-        "copy" (the nearest unmasked shot of the segment, the earlier of two; it may not choose that shot itself)
-        and "mean" (of the segment's unmasked shots) -> [R * K] bool.
+        "copy" (the nearest unmasked shot of the segment, the earlier of two; it may not choose that shot
+        itself) and "mean" (of the segment's unmasked shots) -> [R * K] bool.
     """
     valid_P = pack.valid[name]
     known_P = valid_P & ~pack.masked[name]
@@ -59,7 +60,7 @@ def rival_hits(
 
 
 def nearest_known(known_P: Tensor, segment_P: Tensor) -> Tensor:
-    """[P] int64: place of the nearest known shot of the same segment, the earlier of two; -1 if there is none."""
+    """[P] int64: place of the nearest known shot of the same segment, the earlier of two; -1: none."""
     length = known_P.shape[0]
     place_P = torch.arange(length, device=known_P.device)
     if length == 0:

@@ -1,1 +1,1 @@
-
+"""What a step costs."""

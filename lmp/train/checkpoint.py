@@ -145,7 +145,7 @@ def newest_valid(folder: RunFolder, *, rank: int = 0, world_size: int = 1) -> tu
 def verify(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint; this process reads every `parts`-th file, from number `part`."""
     try:
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         files = sorted(manifest["files"].items())
     except (OSError, ValueError, KeyError) as error:
         return [f"{path.name}: manifest.json cannot be read ({type(error).__name__})"]
@@ -169,7 +169,7 @@ def restore(path: Path, engine: Engine) -> Progress:
     Raises:
         UserError: the checkpoint holds other parameters than the model.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     progress = Progress(**manifest["progress"])
     mine, stored = set(names(engine)), set(manifest["tensors"])
     if mine != stored:
@@ -212,7 +212,7 @@ def load_trained(run: Path, *, step: int | None = None, require_finished: bool =
         what = "no valid checkpoint" if step is None else f"no valid checkpoint of step {step} (there are: {have})"
         because = f": {'; '.join(passed_over)}" if passed_over else ""
         raise UserError(f"{run}: {what}{because}", remedy="let the run reach a checkpoint, or name another step")
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     with _reader(path, manifest) as read:
         weights = {name: read(f"{name}/weight") for name in manifest["tensors"]}
     return TrainedModel(
@@ -274,7 +274,8 @@ def _state(read: Callable[[str], Tensor], name: str) -> State:
     return weight, exp_avg, exp_avg_sq
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint."""
     return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
 
 

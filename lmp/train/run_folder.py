@@ -115,7 +115,7 @@ def code_state() -> dict[str, Any]:
         "commit": _git(checkout, "rev-parse", "HEAD"),
         "changed": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "deepspeed", "transformers", "webdataset", "torchdata")},
+        **{name: version(name) for name in ("torch", "deepspeed", "transformers", "webdataset")},
     }
 
 

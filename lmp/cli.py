@@ -1,0 +1,184 @@
+"""The `lmp` command: the jobs of a single process. Several processes are started by `python -m launch.local`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmp.errors import EXIT_DONE, EXIT_USER, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = argparse.ArgumentParser(prog="lmp", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ingest = commands.add_parser("ingest", help="films become shards of features")
+    ingest.add_argument("films", nargs="+", type=Path, metavar="FILM", help="film files, or folders of them")
+    ingest.add_argument("--out", type=Path, required=True, metavar="SHARDS")
+    ingest.add_argument("--encoder", action="append", default=[], metavar="NAME=SPEC", help="modality and its encoder: video=signal, text=/folder/of/a/model")
+    ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
+    ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
+    ingest.add_argument("--workers", type=int, default=1)
+    ingest.add_argument("--overwrite", action="store_true")
+    ingest.set_defaults(run=_ingest)
+
+    data = commands.add_parser("data", help="look at shards").add_subparsers(dest="what", required=True)
+    for name, meaning in (("verify", "find damage"), ("stats", "films, shots, modalities")):
+        sub = data.add_parser(name, help=meaning)
+        sub.add_argument("shards", nargs="+", type=Path)
+        sub.set_defaults(run=_data_verify if name == "verify" else _data_stats)
+
+    train = commands.add_parser("train", help="pretrain, as one process of a run")
+    train.add_argument("config", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="a.b=c")
+    train.add_argument("--run", dest="folder", type=Path, help="run folder (default: runs/NAME)")
+    train.add_argument("--resume", choices=["auto", "never"], default="auto")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run on held-out shards")
+    evaluate.add_argument("folder", type=Path, metavar="RUN")
+    evaluate.add_argument("shards", nargs="+", type=Path)
+    evaluate.add_argument("--train-shards", nargs="*", type=Path, default=[], help="to fit probes and the linear rival on")
+    evaluate.add_argument("--labels", type=Path, help="folder of KEY.labels.json")
+    evaluate.add_argument("--out", type=Path, help="report folder (default: RUN/evaluation)")
+    evaluate.add_argument("--seeds", type=int, default=3)
+    evaluate.add_argument("--step", type=int)
+    evaluate.add_argument("--check", action="store_true", help="exit with 1 unless the model beats its rivals")
+    evaluate.set_defaults(run=_evaluate)
+
+    config = commands.add_parser("config", help="read configurations").add_subparsers(dest="what", required=True)
+    show = config.add_parser("show", help="print the resolved configuration")
+    show.add_argument("config", type=Path)
+    show.add_argument("overrides", nargs="*", metavar="a.b=c")
+    show.set_defaults(run=_config_show)
+    config.add_parser("keys", help="every key, its default and meaning").set_defaults(run=_config_keys)
+
+    demo = commands.add_parser("demo", help="the whole path on films made here")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"))
+    demo.set_defaults(run=_demo)
+    return top
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from lmp.films.ingest import expand, ingest
+
+    encoders = {}
+    for spec in arguments.encoder or ["video=signal", "audio=signal", "text=signal"]:
+        name, equals, value = spec.partition("=")
+        if not (equals and name and value):
+            raise UserError(f"--encoder {spec}: is not NAME=SPEC", remedy="write for example --encoder video=signal")
+        encoders[name] = value
+    report = ingest(
+        expand(arguments.films),
+        arguments.out,
+        encoders=encoders,
+        shot_lists=arguments.shots,
+        subtitles=arguments.subtitles,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{report.films} films, {report.shots} shots -> {arguments.out}")
+    for film, problem, remedy in report.failures:
+        print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
+    return EXIT_USER if report.failures else EXIT_DONE
+
+
+def _data_verify(arguments: argparse.Namespace) -> int:
+    from lmp.data.index import FilmIndex
+
+    index = FilmIndex.load(arguments.shards, check_sizes=False)
+    faults = index.verify()
+    if faults:
+        raise UserError("; ".join(faults), remedy="copy the shard again from its source, or ingest those films again")
+    print(f"{len(index)} films, {int(index.shots.sum())} shots: no damage, digest {index.digest}")
+    return EXIT_DONE
+
+
+def _data_stats(arguments: argparse.Namespace) -> int:
+    from lmp.data.index import FilmIndex
+
+    index = FilmIndex.load(arguments.shards)
+    shots = index.shots
+    print(f"{len(index)} films, {int(shots.sum())} shots (per film {shots.min()} to {shots.max()}, mean {shots.mean():.0f})")
+    for name, modality in index.modalities.items():
+        print(f"{name}: {modality.tokens} x {modality.width} {modality.dtype}")
+    print(f"digest {index.digest}")
+    return EXIT_DONE
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from lmp.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from lmp.train.trainer import train
+
+    folder = arguments.folder or Path("runs") / config.name
+    outcome = train(config, folder, resume=arguments.resume)
+    if os.environ.get("RANK", "0") == "0":
+        end = "finished" if outcome.finished else "stopped"
+        print(f"{end} at step {outcome.step}: {outcome.reason}; see {folder}")
+    return EXIT_DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from lmp.downstream.evaluate import evaluate
+    from lmp.downstream.results import verdicts
+
+    out = arguments.out or arguments.folder / "evaluation"
+    result = evaluate(
+        arguments.folder,
+        arguments.shards,
+        labels=arguments.labels,
+        train_shards=arguments.train_shards or None,
+        out=out,
+        seeds=arguments.seeds,
+        step=arguments.step,
+    )
+    judged = verdicts(result)
+    for verdict in judged:
+        print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.name}: {verdict.detail}")
+    print(f"report: {out / 'report.md'}")
+    return 1 if arguments.check and not all(verdict.passed for verdict in judged) else EXIT_DONE
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from lmp.config import load_config
+
+    print(load_config(arguments.config, arguments.overrides).dump(), end="")
+    return EXIT_DONE
+
+
+def _config_keys(_: argparse.Namespace) -> int:
+    from lmp.config import config_help
+
+    for key, default, meaning in config_help():
+        print(f"{key}  [{default}]  {meaning}")
+    return EXIT_DONE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from lmp.demo import demo
+
+    return demo(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""From films to shards: shots, base encoders, one record per film, several films at once."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from lmp.data.shards import FilmRecord, ShardWriter
+from lmp.errors import UserError
+from lmp.films.encoders import Encoder, build_encoders
+from lmp.films.media import Sampling, ShotPictures, probe, read_pictures, read_sound
+from lmp.films.shots import find_shot_list, read_shot_list
+from lmp.films.subtitles import Subtitles, find_subtitles, read_subtitles, words_of_shots
+
+FILM_SUFFIXES = frozenset(
+    {
+        ".avi",
+        ".flv",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+    }
+)
+_BATCH = 32  # shots whose pictures or sound are held at once
+_AHEAD = 2  # films under way or waiting to be written, per worker
+
+
+@dataclass
+class IngestReport:
+    """What came of it.
+
+    Attributes:
+        films, shots: written.
+        failures: film, what is wrong with it, what to do; in order of the input.
+    """
+
+    films: int = 0
+    shots: int = 0
+    failures: list[tuple[Path, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One film; everything that a worker needs besides the encoders."""
+
+    film: Path
+    key: str
+    shot_lists: Path | None
+    subtitles: Path | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A film's record, its tensors as arrays (they cross the process boundary by value), or its fault."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+    shots_S2: np.ndarray | None = None
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    valid: dict[str, np.ndarray] = field(default_factory=dict)
+    fault: tuple[str, str] | None = None
+
+
+def expand(paths: Iterable[Path]) -> list[Path]:
+    """Films as given, folders replaced by the films in them, sorted by name.
+
+    Raises:
+        UserError: a path that is not there, a folder without films, or nothing at all.
+    """
+    films: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in FILM_SUFFIXES and not p.name.startswith(".")
+            )
+            if not inside:
+                raise UserError(
+                    f"{path} holds no film", remedy=f"give films ({', '.join(sorted(FILM_SUFFIXES))})"
+                )
+            films += inside
+        elif path.exists():
+            films.append(path)
+        else:
+            raise UserError(f"there is no film {path}", remedy="check the path")
+    if not films:
+        raise UserError("no films were given", remedy="name films, or folders of films")
+    return films
+
+
+def key_of(film: Path) -> str:
+    """The key of a film: its stem in plain letters, digits, _ and -, at most 80 of them."""
+    plain = unicodedata.normalize("NFKD", film.stem).encode("ascii", "ignore").decode()
+    key = re.sub(r"[^A-Za-z0-9_-]+", "-", plain)
+    if re.search("[A-Za-z0-9]", key) and len(key) <= 80:
+        return key
+    # Nothing readable is left, or too much: the digest keeps names apart.
+    return f"{key[:60] if len(key) > 80 else 'film'}-{hashlib.sha256(film.stem.encode()).hexdigest()[:10]}"
+
+
+def ingest(
+    films: Sequence[Path],
+    out: Path,
+    *,
+    encoders: Mapping[str, str],
+    shot_lists: Path | None = None,
+    subtitles: Path | None = None,
+    workers: int = 1,
+    films_per_shard: int = 64,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> IngestReport:
+    """Turn films into shards of shot features.
+
+    The output depends on the films, their order and the settings, not on `workers`. A film that cannot be
+    used, or whose subtitles or shot list cannot, is skipped and reported; when none can, nothing is written.
+
+    Args:
+        films: files, or folders of films.
+        out: folder for the shards.
+        encoders: modality -> base encoder, such as {"video": "signal", "text": "/models/bart"}.
+        shot_lists: folder with one list per film (see `find_shot_list`), or the list of the only film;
+            None finds the shots.
+        subtitles: folder with STEM.srt, .vtt or .ass; None looks beside each film. A film may have none.
+        workers: processes; with 1 the work is done in this one.
+        films_per_shard: films in a tar file.
+        overwrite: replace shards that `out` holds.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: films that are not there or share a key, an unknown encoder, a folder `out` in use.
+    """
+    jobs = _jobs(expand(films), shot_lists, subtitles, workers)
+    described = {name: encoder.describe() for name, encoder in build_encoders(encoders).items()}
+    writer = ShardWriter(
+        out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite
+    )
+    report = IngestReport()
+    try:
+        with Progress(disable=not progress) as bar:
+            task = bar.add_task("reading films", total=len(jobs))
+            for job, done in _results(jobs, dict(encoders), workers):
+                _write(writer, job, done, report)
+                bar.advance(task)
+        if report.films:
+            writer.close()
+    finally:
+        writer.abort()  # nothing is left to remove after close
+    return report
+
+
+def _jobs(films: list[Path], shot_lists: Path | None, subtitles: Path | None, workers: int) -> list[_Job]:
+    if workers < 1:
+        raise UserError(f"{workers} workers cannot do anything", remedy="give at least 1")
+    if subtitles is not None and not subtitles.is_dir():
+        raise UserError(f"{subtitles} is no folder of subtitles", remedy="give a folder")
+    if shot_lists is not None and not (shot_lists.is_dir() or (shot_lists.is_file() and len(films) == 1)):
+        raise UserError(
+            f"{shot_lists} is no folder of shot lists", remedy="give a folder, or one list for one film"
+        )
+    seen: dict[str, Path] = {}
+    for film in films:
+        if (other := seen.setdefault(key_of(film), film)) is not film:
+            raise UserError(f"{other} and {film} would share the key {key_of(film)}", remedy="rename one")
+    threads = 0 if workers == 1 else 1
+    return [_Job(film, key, shot_lists, subtitles, threads) for key, film in seen.items()]
+
+
+def _write(writer: ShardWriter, job: _Job, done: _Done, report: IngestReport) -> None:
+    if done.fault is not None or done.shots_S2 is None:
+        problem, remedy = done.fault or (f"{job.film} gave no shots", "give a whole film")
+        report.failures.append((job.film, problem, remedy))
+        return
+    features = {name: torch.from_numpy(array) for name, array in done.features.items()}
+    valid = {name: torch.from_numpy(array) for name, array in done.valid.items()}
+    try:
+        writer.write(FilmRecord(job.key, done.info, done.shots_S2, features, valid))
+    except UserError as error:
+        report.failures.append((job.film, error.problem, error.remedy))
+        return
+    report.films += 1
+    report.shots += len(done.shots_S2)
+
+
+_encoders: dict[str, Encoder] = {}  # of a worker process, built once
+
+
+def _start_worker(specs: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    _encoders.update(build_encoders(specs))
+
+
+def _work(job: _Job) -> _Done:
+    return _read_film(job, _encoders)
+
+
+def _results(jobs: list[_Job], specs: dict[str, str], workers: int) -> Iterator[tuple[_Job, _Done]]:
+    """Jobs and results in order of the jobs; a bounded number is under way."""
+    if workers == 1:
+        built = build_encoders(specs)
+        for job in jobs:
+            yield job, _read_film(job, built)
+        return
+    # Spawned, for the caller may have threads and a forked child would inherit their locks.
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)), get_context("spawn"), initializer=_start_worker, initargs=(specs,)
+    )
+    try:
+        waiting = iter(jobs)
+        first = islice(waiting, _AHEAD * workers)
+        under_way: deque[tuple[_Job, Future[_Done]]] = deque((job, pool.submit(_work, job)) for job in first)
+        while under_way:
+            job, future = under_way.popleft()
+            yield job, future.result()
+            under_way.extend((job, pool.submit(_work, job)) for job in islice(waiting, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
+    try:
+        return _encoded_film(job, encoders)
+    except UserError as error:
+        return _Done(fault=(error.problem, error.remedy))
+
+
+def _encoded_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
+    facts = probe(job.film)
+    given_S2, source = None, "detected"
+    if job.shot_lists is not None:
+        path = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
+        given_S2, source = read_shot_list(path, facts.fps), path.name
+    # A broken subtitle file is found before the picture is decoded.
+    spoken = _subtitles(job) if any(e.kind == "words" for e in encoders.values()) else None
+    outputs = {name: _Output(encoder) for name, encoder in encoders.items()}
+    shots_S2 = _encode_pictures(job, given_S2, outputs)
+    _encode_sound(job, shots_S2, outputs)
+    for output in _of_kind(outputs, "words"):
+        for words in words_of_shots(spoken, shots_S2):
+            output.add(words)
+    info: dict[str, Any] = {
+        "title": job.film.stem,
+        "source": job.film.name,
+        "duration_s": round(facts.duration_s or float(shots_S2[-1, 1]) / 1000, 3),
+        "fps": round(facts.fps, 6),
+        "sound": facts.sound,
+        "shots_from": source,
+        "subtitles": None
+        if spoken is None
+        else {"lines": len(spoken.lines), "dropped": spoken.dropped, "encoding": spoken.encoding},
+    }
+    features, valid = {}, {}
+    for name, output in outputs.items():
+        features[name], valid[name] = output.finish()
+    return _Done(info, shots_S2, features, valid)
+
+
+class _Output:
+    """Collects the inputs of one encoder into batches, and its outputs."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.sampling = Sampling(encoder.frames, encoder.height)
+        self._waiting: list[Any] = []
+        self._features: list[np.ndarray] = []
+        self._valid: list[np.ndarray] = []
+
+    def add(self, shot: Any) -> None:
+        self._waiting.append(shot)
+        if len(self._waiting) == _BATCH:
+            self._encode()
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [S, K, D] and bool [S]."""
+        if self._waiting:
+            self._encode()
+        return np.concatenate(self._features), np.concatenate(self._valid)
+
+    def _encode(self) -> None:
+        with torch.inference_mode():
+            features_nKD, valid_n = self.encoder.encode(self._waiting)
+        self._features.append(features_nKD.float().cpu().numpy())
+        self._valid.append(valid_n.cpu().numpy())
+        self._waiting = []
+
+
+def _of_kind(outputs: Mapping[str, _Output], kind: str) -> list[_Output]:
+    return [output for output in outputs.values() if output.encoder.kind == kind]
+
+
+def _encode_pictures(job: _Job, given_S2: np.ndarray | None, outputs: Mapping[str, _Output]) -> np.ndarray:
+    """The shots, int32 [S, 2] ms. A given list needs no decoding where nobody looks at the picture."""
+    watching = _of_kind(outputs, "picture")
+    if given_S2 is not None and not watching:
+        return given_S2
+    samplings = list(dict.fromkeys(output.sampling for output in watching))
+    spans: list[tuple[int, int]] = []
+    shots: Iterator[ShotPictures] = read_pictures(job.film, samplings, shots_S2=given_S2, threads=job.threads)
+    for shot in shots:
+        spans.append((shot.start_ms, shot.end_ms))
+        for output in watching:
+            output.add(shot.samples[output.sampling])
+    return np.array(spans, dtype=np.int32)
+
+
+def _encode_sound(job: _Job, shots_S2: np.ndarray, outputs: Mapping[str, _Output]) -> None:
+    listening = _of_kind(outputs, "sound")
+    if not listening:
+        return
+    for sound in read_sound(job.film, shots_S2):
+        for output in listening:
+            output.add(sound)
+
+
+def _subtitles(job: _Job) -> Subtitles | None:
+    beside = job.film if job.subtitles is None else job.subtitles / job.film.name
+    path = find_subtitles(beside)
+    return None if path is None else read_subtitles(path)

@@ -1,0 +1,366 @@
+"""Reading films: pictures and sound of each shot, each stream decoded once, with bounded memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmp.errors import UserError
+from lmp.films.shots import DETECTION_HEIGHT, CutFinder
+
+SAMPLE_RATE = 16000
+_POOL = 4  # frames kept for each frame wanted
+_SOUND_SLACK = SAMPLE_RATE // 10  # time stamps may stray this much before they count as a gap
+
+
+@dataclass(frozen=True)
+class FilmFacts:
+    """What the container says: length in seconds (0 if unknown), frames per second, pixels, sound or none."""
+
+    duration_s: float
+    fps: float
+    width: int
+    height: int
+    sound: bool
+
+
+class Sampling(NamedTuple):
+    """`frames` pictures of a shot, evenly spread over its time, `height` pixels high."""
+
+    frames: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ShotPictures:
+    """A shot and its pictures.
+
+    Attributes:
+        start_ms, end_ms: [start, end).
+        samples: per sampling, uint8 [frames, height, width, 3], red first. A short shot repeats frames.
+    """
+
+    start_ms: int
+    end_ms: int
+    samples: dict[Sampling, np.ndarray]
+
+
+def probe(path: Path) -> FilmFacts:
+    """What a film holds, without decoding it.
+
+    Raises:
+        UserError: no such file, empty, not a film, or no picture in it.
+    """
+    with _opened(path) as container:
+        video = _picture_stream(container, path)
+        seconds = float(container.duration or 0) / 1_000_000
+        return FilmFacts(
+            duration_s=seconds,
+            fps=_rate(video),
+            width=video.width,
+            height=video.height,
+            sound=bool(container.streams.audio),
+        )
+
+
+def read_pictures(
+    path: Path, samplings: Sequence[Sampling], *, shots_S2: np.ndarray | None = None, threads: int = 0
+) -> Iterator[ShotPictures]:
+    """The shots of a film in order, in one decoding pass.
+
+    Args:
+        path: the film.
+        samplings: which pictures to take of every shot.
+        shots_S2: int32 [S, 2] milliseconds, in order, not overlapping; None finds the shots.
+        threads: of the decoder; 0 leaves it to FFmpeg.
+
+    Raises:
+        UserError: as `probe`; a film that cannot be decoded; a given shot in which the film has no frame.
+    """
+    frames = _frames(path, threads)
+    if shots_S2 is None:
+        yield from _found_shots(frames, samplings)
+    else:
+        yield from _given_shots(path, frames, samplings, shots_S2)
+
+
+def read_sound(path: Path, shots_S2: np.ndarray) -> Iterator[np.ndarray]:
+    """The sound of each shot: float32 [samples], mono, 16 kHz; empty where the film has none.
+
+    Holds about one shot at a time.
+
+    Args:
+        path: the film.
+        shots_S2: int32 [S, 2] milliseconds, in order, not overlapping.
+
+    Raises:
+        UserError: as `probe`, or sound that cannot be decoded.
+    """
+    chunks = _sound_chunks(path)
+    held = np.zeros(0, dtype=np.float32)
+    held_from = 0
+    for start, end in (shots_S2.astype(np.int64) * SAMPLE_RATE // 1000).tolist():
+        parts, held_to = [held], held_from + len(held)
+        while held_to < end and (chunk := next(chunks, None)) is not None:
+            held_to += len(chunk)
+            if held_to <= start:
+                parts, held_from = [], held_to
+            else:
+                parts.append(chunk)
+        held = np.concatenate(parts) if parts else held[:0]
+        first = max(start - held_from, 0)
+        last = max(end - held_from, 0)
+        yield held[first:last].copy()
+        held_from += min(last, len(held))
+        held = held[last:]
+
+
+class _Frame:
+    """A decoded frame, scaled when asked, once per size."""
+
+    def __init__(self, frame: Any, time_ms: float, end_ms: float, size: tuple[int, int]) -> None:
+        self.time_ms, self.end_ms = time_ms, end_ms
+        self._frame, self._size = frame, size
+        self._scaled: dict[tuple[int, str], np.ndarray] = {}
+
+    def scaled(self, height: int, pixels: str = "rgb24") -> np.ndarray:
+        """uint8 [height, width, 3]; every frame of a film has the same width."""
+        other = self._scaled.get((height, "bgr24" if pixels == "rgb24" else "rgb24"))
+        if (height, pixels) not in self._scaled and other is not None:
+            self._scaled[height, pixels] = other[..., ::-1]
+        elif (height, pixels) not in self._scaled:
+            width = max(2, round(self._size[0] * height / self._size[1] / 2) * 2)
+            picture = self._frame.reformat(width=width, height=height, format=pixels)
+            self._scaled[height, pixels] = picture.to_ndarray()
+        return self._scaled[height, pixels]
+
+
+class _Pool:
+    """A few frames of a growing shot, for one sampling: thinned by half whenever there are too many."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._times: list[float] = []
+        self._pictures: list[np.ndarray] = []
+        self._stride, self._count = 1, 0
+
+    def add(self, frame: _Frame) -> None:
+        if self._count % self._stride == 0:
+            self._times.append(frame.time_ms)
+            self._pictures.append(frame.scaled(self._sampling.height))
+            self._thin()
+        self._count += 1
+
+    def absorb(self, later: _Pool) -> None:
+        self._times += later._times
+        self._pictures += later._pictures
+        self._count += later._count
+        self._thin()
+
+    def sample(self, start_ms: float, end_ms: float) -> np.ndarray:
+        """uint8 [frames, height, width, 3]: what is seen in the middle of each of `frames` equal parts."""
+        frames = self._sampling.frames
+        moments = [start_ms + (i + 0.5) / frames * (end_ms - start_ms) for i in range(frames)]
+        return np.stack([self._pictures[max(bisect_right(self._times, t) - 1, 0)] for t in moments])
+
+    def _thin(self) -> None:
+        while len(self._times) > _POOL * self._sampling.frames:
+            self._times, self._pictures = self._times[::2], self._pictures[::2]
+            self._stride *= 2
+
+
+class _Shot:
+    """A shot being read."""
+
+    def __init__(self, samplings: Sequence[Sampling], start_ms: float) -> None:
+        self.start_ms = start_ms
+        self.frames = 0
+        self._pools = {sampling: _Pool(sampling) for sampling in samplings}
+
+    def add(self, frame: _Frame) -> None:
+        self.frames += 1
+        for pool in self._pools.values():
+            pool.add(frame)
+
+    def absorb(self, later: _Shot) -> None:
+        self.frames += later.frames
+        for sampling, pool in self._pools.items():
+            pool.absorb(later._pools[sampling])
+
+    def finish(self, end_ms: float) -> ShotPictures:
+        samples = {s: pool.sample(self.start_ms, end_ms) for s, pool in self._pools.items()}
+        start = max(round(self.start_ms), 0)
+        return ShotPictures(start, max(round(end_ms), start + 1), samples)
+
+
+def _found_shots(frames: Iterator[_Frame], samplings: Sequence[Sampling]) -> Iterator[ShotPictures]:
+    """`ahead` holds the frames since a candidate cut, until it settles or gives way to a stronger one."""
+    finder = CutFinder()
+    shot: _Shot | None = None
+    ahead: _Shot | None = None
+    end_ms = 0.0
+    for frame in frames:
+        verdict = finder.feed(frame.time_ms, frame.scaled(DETECTION_HEIGHT, "bgr24"))
+        shot = shot or _Shot(samplings, frame.time_ms)
+        if verdict.settled and ahead is not None:
+            yield shot.finish(ahead.start_ms)
+            shot, ahead = ahead, None
+        if verdict.candidate:
+            if ahead is not None:
+                shot.absorb(ahead)
+            ahead = _Shot(samplings, frame.time_ms)
+        (ahead or shot).add(frame)
+        end_ms = frame.end_ms
+    if shot is None:
+        return
+    if ahead is not None and finder.ends_apart(end_ms):
+        yield shot.finish(ahead.start_ms)
+        shot = ahead
+    elif ahead is not None:
+        shot.absorb(ahead)
+    yield shot.finish(end_ms)
+
+
+def _given_shots(
+    path: Path, frames: Iterator[_Frame], samplings: Sequence[Sampling], shots_S2: np.ndarray
+) -> Iterator[ShotPictures]:
+    spans = iter(enumerate(shots_S2.tolist()))
+    number, (start, end) = next(spans)
+    shot, last_ms, done = _Shot(samplings, start), 0.0, False
+    for frame in frames:
+        last_ms = frame.end_ms
+        # Lists made from frame numbers are rounded to milliseconds; so must be the frames.
+        now = round(frame.time_ms)
+        while not done and now >= end:
+            yield _whole(path, shot, number, (start, end), last_ms)
+            following = next(spans, None)
+            if following is None:
+                done = True
+            else:
+                number, (start, end) = following
+                shot = _Shot(samplings, start)
+        if not done and now >= start:
+            shot.add(frame)
+    while not done:
+        yield _whole(path, shot, number, (start, end), last_ms)
+        following = next(spans, None)
+        if following is None:
+            break
+        number, (start, end) = following
+        shot = _Shot(samplings, start)
+
+
+def _whole(path: Path, shot: _Shot, number: int, span: tuple[int, int], last_ms: float) -> ShotPictures:
+    if shot.frames == 0:
+        raise UserError(
+            f"{path} shows nothing in shot {number} of its list, {span[0]} to {span[1]} ms "
+            f"(read up to {round(last_ms)} ms)",
+            remedy="give a shot list made for this very file, with its frame rate",
+        )
+    return shot.finish(span[1])
+
+
+def _frames(path: Path, threads: int) -> Iterator[_Frame]:
+    with _opened(path) as container:
+        video = _picture_stream(container, path)
+        video.codec_context.thread_count = threads
+        video.thread_type = "AUTO"
+        step_ms = 1000 / _rate(video)
+        size = (video.width, video.height)
+        last_ms, end_ms, count = 0.0, 0.0, 0
+        for frame in container.decode(video):
+            # No frame may come before the one shown before it, nor without a time.
+            stamp = end_ms if frame.time is None else frame.time * 1000
+            time_ms = max(stamp, last_ms) if count else stamp
+            last_ms, end_ms = time_ms, time_ms + step_ms
+            count += 1
+            yield _Frame(frame, time_ms, end_ms, size)
+    if not count:
+        raise UserError(f"{path} has a video stream without a single frame", remedy="give a whole film")
+
+
+def _sound_chunks(path: Path) -> Iterator[np.ndarray]:
+    """Mono 16 kHz float32 from time 0 on, gaps filled with silence."""
+    import av
+
+    with _opened(path) as container:
+        if not container.streams.audio:
+            return
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        written = 0
+        drop = 0
+        for frame in container.decode(container.streams.audio[0]):
+            if frame.time is not None:
+                ahead = round(frame.time * SAMPLE_RATE) - written
+                if ahead > _SOUND_SLACK or (written == 0 and ahead > 0):
+                    yield from _silence(ahead)
+                    written += ahead
+                elif ahead < -_SOUND_SLACK or (written == 0 and ahead < 0):
+                    drop = -ahead
+            for resampled in resampler.resample(frame):
+                sound = resampled.to_ndarray()[0]
+                kept = sound[drop:]
+                drop = max(drop - len(sound), 0)
+                written += len(kept)
+                yield kept
+        for resampled in resampler.resample(None):
+            yield resampled.to_ndarray()[0]
+
+
+def _silence(samples: int) -> Iterator[np.ndarray]:
+    """In pieces, for a wrong time stamp may ask for hours."""
+    for start in range(0, samples, 60 * SAMPLE_RATE):
+        yield np.zeros(min(60 * SAMPLE_RATE, samples - start), dtype=np.float32)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A PyAV container; whatever FFmpeg finds wrong with it becomes a UserError."""
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("PyAV is not installed", remedy="pip install 'lmp[films]'") from error
+    if not path.is_file():
+        raise UserError(f"there is no film {path}", remedy="check the path")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is an empty file", remedy="copy or download it again")
+    try:
+        container = av.open(str(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no film that FFmpeg can read: {_reason(error)}",
+            remedy="give a whole video file, such as mp4, mkv or webm",
+        ) from error
+    with container:
+        try:
+            yield container
+        except av.FFmpegError as error:
+            raise UserError(
+                f"{path} cannot be decoded: {_reason(error)}",
+                remedy="copy or download it again, or repair it by converting it with ffmpeg",
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _picture_stream(container: Any, path: Path) -> Any:
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        # An album's cover is a video stream too.
+        if not stream.disposition & Disposition.attached_pic and stream.width and stream.height:
+            return stream
+    raise UserError(f"{path} has no picture", remedy="give a file with a video stream")
+
+
+def _rate(video: Any) -> float:
+    rate = video.average_rate or video.guessed_rate or video.base_rate
+    return float(rate) if rate else 25.0

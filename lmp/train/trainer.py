@@ -1,0 +1,286 @@
+"""The training loop, from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from lmp.config import Config, check_run
+from lmp.data.index import FilmIndex
+from lmp.data.loader import Cursor, PackLoader, StepBatch
+from lmp.data.plan import PLAN_VERSION, PlanSettings
+from lmp.errors import UserError
+from lmp.model import LmpConfig, LmpForPretraining
+from lmp.objectives import build_objectives
+from lmp.parallel.mesh import Mesh, mesh
+from lmp.parallel.ulysses import UlyssesAttention
+from lmp.scaling.flops import peak_tflops, train_flops
+from lmp.train import checkpoint
+from lmp.train.checkpoint import Progress
+from lmp.train.engine import Engine, learning_rate
+from lmp.train.health import health_word, stop_requests
+from lmp.train.metrics import Recorder
+from lmp.train.run_folder import RunFolder, code_state, write_atomic
+from lmp.train.step import accumulate
+
+Resume = Literal["auto", "never"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of a run ended."""
+
+    step: int
+    finished: bool
+    reason: str
+
+
+def train(config: Config, run: Path, *, resume: Resume = "auto") -> Outcome:
+    """Train until the last step, or until a signal or stop file asks to stop. Collective over all processes of the run.
+
+    Args:
+        config: the validated configuration.
+        run: the run folder; made if it is not there, continued from its newest valid checkpoint if it is.
+        resume: "never" refuses a folder that holds a run already.
+
+    Raises:
+        UserError: configuration, data or folder do not fit.
+        RuntimeError: loss or gradient became non-finite; nothing is saved.
+    """
+    folder = RunFolder(run)
+    finished = folder.finished_step()
+    if resume == "never" and folder.config.exists():
+        raise UserError(f"{run}: holds a run already", remedy="name another folder, or start with --resume auto")
+    folder.check_same_run(config)
+    if finished is not None and finished >= config.train.steps:
+        return Outcome(step=finished, finished=True, reason="the run was finished already")
+    index = FilmIndex.load([Path(path) for path in config.data.train])
+    with mesh(config.parallel.sequence, timeout_minutes=config.parallel.timeout_minutes) as here:
+        check_run(config, world_size=here.world_size, modalities=index.modalities)
+        return _Run(config, folder, index, here).go()
+
+
+class _Run:
+    """One start of a run on this process."""
+
+    def __init__(self, config: Config, folder: RunFolder, index: FilmIndex, here: Mesh) -> None:
+        self.config, self.folder, self.index, self.mesh = config, folder, index, here
+        self.plan = PlanSettings(
+            seed=config.seed,
+            pack_shots=config.data.pack_shots,
+            packs_per_step=config.data.packs_per_step,
+            window_shots=config.data.window_shots,
+        )
+        self.model_config = model_config(config, index)
+        torch.manual_seed(config.seed)
+        model = LmpForPretraining(self.model_config)
+        if here.sequence_group is not None:
+            model.set_attention(UlyssesAttention(here.sequence_group))
+        self.engine = Engine(model, config, here)
+        self.objectives = build_objectives(
+            config.objectives, target=self.model_config.target, sources=self.model_config.sources
+        )
+        peak = config.train.peak_tflops
+        if peak is None and here.device.type == "cuda":
+            peak = peak_tflops(torch.cuda.get_device_name(here.device))
+        self.peak_flops = peak * 1e12 * here.world_size if peak else None
+
+    def go(self) -> Outcome:
+        """Restore, loop, leave."""
+        progress = self._restore()
+        if self.mesh.main:
+            self.folder.open(self.config)
+            self.folder.note("start", step=progress.step, world_size=self.mesh.world_size)
+        cursor = Cursor(progress.epoch, progress.epoch_step)
+        loader = PackLoader(
+            self.index,
+            self.plan,
+            cursor=cursor,
+            dp_rank=self.mesh.dp_rank,
+            dp_size=self.mesh.dp_size,
+            sp_rank=self.mesh.sp_rank,
+            sp_size=self.mesh.sequence,
+            read_ahead=self.config.data.read_ahead,
+            threads=self.config.data.threads,
+        )
+        steps = self.config.train.steps
+        try:
+            with (
+                loader,
+                stop_requests(self.folder.stop) as stop,
+                Recorder(self.folder, steps=steps, start=progress.step, active=self.mesh.main) as recorder,
+            ):
+                recorder.say(f"{self.folder.path}: from step {progress.step} of {steps}, {self._topology()}")
+                outcome = self._loop(loader, stop, recorder, progress)
+        except BaseException as error:
+            if self.mesh.main:
+                self.folder.note("failure", error=str(error)[:500])
+            raise
+        self.engine.close()
+        if self.mesh.main:
+            self.folder.note("stop", step=outcome.step, finished=outcome.finished, reason=outcome.reason)
+            if outcome.finished:
+                write_atomic(self.folder.done, f'{{"step": {outcome.step}}}\n')
+        return outcome
+
+    def _loop(self, loader: PackLoader, stop: Any, recorder: Recorder, progress: Progress) -> Outcome:
+        """Step after step; every rank takes every branch at the same step."""
+        config, steps = self.config, self.config.train.steps
+        saved_at = time.monotonic()
+        while True:
+            waited = time.perf_counter()
+            batch = next(loader)
+            began = time.perf_counter()
+            step = progress.step + 1
+            full = step % config.train.log_every == 0 or step in (1, steps)
+            losses = accumulate(self.engine, self.objectives, batch, config, rivals=full)
+            if not math.isfinite(losses.loss):
+                raise RuntimeError(self._non_finite("loss", step, batch))
+            lr = learning_rate(step - 1, steps=steps, settings=config.optimizer)
+            norm = self.engine.step(lr)
+            progress = self._advance(progress, loader.next_cursor(batch.cursor))
+            seconds = time.perf_counter() - began
+            minutes = (time.monotonic() - saved_at) / 60
+            health = health_word(
+                self.mesh,
+                stop=stop(),
+                bad=not math.isfinite(norm),
+                save=config.checkpoint.every_minutes is not None and minutes >= config.checkpoint.every_minutes,
+                seconds=seconds,
+            )
+            if health.bad:
+                raise RuntimeError(self._non_finite("gradient", step, batch))
+            recorder.step(self._facts(step, batch, losses, full, lr, norm, began - waited, seconds, health.slowest_rank))
+            every = config.checkpoint.every_steps
+            if health.stop or health.save or step == steps or (every and step % every == 0):
+                checkpoint.save(self.folder, self.engine, progress, self._manifest(), keep=config.checkpoint.keep)
+                saved_at = time.monotonic()
+            if step == steps:
+                return Outcome(step=step, finished=True, reason="last step")
+            if health.stop:
+                reason = stop.reason or "another process was asked to stop"
+                recorder.say(f"stopped by {reason} at step {step}; start again to go on")
+                return Outcome(step=step, finished=False, reason=reason)
+
+    def _restore(self) -> Progress:
+        path, passed_over = checkpoint.newest_valid(
+            self.folder, rank=self.mesh.rank, world_size=self.mesh.world_size
+        )
+        if self.mesh.main:
+            for fault in passed_over:
+                print(f"passed over: {fault}", flush=True)
+        if path is None:
+            return Progress(step=0, epoch=0, epoch_step=0, shots_seen=0, tokens_seen=0)
+        self._check_data(path)
+        return checkpoint.restore(path, self.engine)
+
+    def _check_data(self, path: Path) -> None:
+        data = checkpoint.read_manifest(path)["data"]
+        if data["digest"] != self.index.digest:
+            raise UserError(
+                f"{path}: was trained on other data (digest {data['digest'][:12]}, now {self.index.digest[:12]})",
+                remedy="restore the shards that data.train named, or start another run folder",
+            )
+        if data["plan_version"] != PLAN_VERSION:
+            raise UserError(
+                f"{path}: follows version {data['plan_version']} of the plan, this lmp makes version {PLAN_VERSION}",
+                remedy="go on with the lmp that started the run, or start another run folder",
+            )
+
+    def _advance(self, progress: Progress, cursor: Cursor) -> Progress:
+        # Counted from the plan, so that every rank knows the whole step.
+        shots = self.config.data.pack_shots * self.config.data.packs_per_step
+        tokens = shots * sum(modality.tokens for modality in self.index.modalities.values())
+        return Progress(
+            step=progress.step + 1,
+            epoch=cursor.epoch,
+            epoch_step=cursor.step,
+            shots_seen=progress.shots_seen + shots,
+            tokens_seen=progress.tokens_seen + tokens,
+        )
+
+    def _facts(
+        self,
+        step: int,
+        batch: StepBatch,
+        losses: Any,
+        full: bool,
+        lr: float,
+        norm: float,
+        waited: float,
+        seconds: float,
+        slowest: int,
+    ) -> dict[str, Any]:
+        shots = self.config.data.pack_shots * self.config.data.packs_per_step
+        wall = waited + seconds
+        means = losses.means if full else {k: v for k, v in losses.means.items() if k.startswith("loss/")}
+        facts = {
+            "step": step,
+            "epoch": batch.cursor.epoch,
+            "loss": losses.loss,
+            **means,
+            "lr": lr,
+            "grad_norm": norm,
+            "shots_per_second": shots / wall,
+            "tokens_per_second": shots * sum(m.tokens for m in self.index.modalities.values()) / wall,
+            "seconds": wall,
+            "seconds_waiting_for_data": waited,
+            "slowest_rank": slowest,
+        }
+        if full:
+            facts["memory_gib"] = _memory_gib(self.mesh.device)
+        if self.peak_flops:
+            own = train_flops(self.model_config, (pack.lengths for pack in batch.packs))
+            facts["mfu"] = own * self.mesh.dp_size / wall / self.peak_flops
+        return facts
+
+    def _manifest(self) -> dict[str, Any]:
+        encoders: dict[str, Any] = {}
+        for manifest in self.index.manifests:
+            encoders.update(manifest["encoders"])
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": self.model_config.to_dict(),
+            "data": {
+                "digest": self.index.digest,
+                "plan_version": PLAN_VERSION,
+                "films": len(self.index),
+                "shots": int(self.index.shots.sum()),
+                "encoders": encoders,
+                "modalities": {
+                    name: {"tokens": m.tokens, "width": m.width, "dtype": m.dtype}
+                    for name, m in self.index.modalities.items()
+                },
+            },
+            "code": code_state(),
+        }
+
+    def _topology(self) -> str:
+        here = self.mesh
+        return f"{here.dp_size} data x {here.sequence} sequence ranks on {here.device.type}, ZeRO {self.engine.stage}"
+
+    def _non_finite(self, what: str, step: int, batch: StepBatch) -> str:
+        films = sorted({int(film) for pack in batch.packs for film in pack.film_P.unique() if film >= 0})
+        keys = ", ".join(self.index.keys[film] for film in films[:5])
+        return (
+            f"the {what} of step {step} is not finite (epoch {batch.cursor.epoch}, step {batch.cursor.step}; this rank "
+            f"read {keys}); nothing was saved after it: lower optimizer.lr, or look at those films"
+        )
+
+
+def model_config(config: Config, index: FilmIndex) -> LmpConfig:
+    """The model's configuration: its shape from the run, its modalities from the data set."""
+    shape = config.model.model_dump()
+    modalities = {name: {"tokens": m.tokens, "width": m.width} for name, m in index.modalities.items()}
+    return LmpConfig(modalities=modalities, **shape)
+
+
+def _memory_gib(device: torch.device) -> float:
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used / 2**30

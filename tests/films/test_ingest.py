@@ -1,0 +1,109 @@
+"""Ingest: films in, shards out; the broken ones reported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("scenedetect")
+
+from lmp.data.index import FilmIndex  # noqa: E402
+from lmp.errors import UserError  # noqa: E402
+from lmp.films.ingest import expand, ingest, key_of  # noqa: E402
+from lmp.films.synthetic import FilmSettings, make_films  # noqa: E402
+
+SIGNAL = {"video": "signal", "audio": "signal", "text": "signal"}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("films")
+    make_films(folder, films=3, seed=2, settings=FilmSettings(shots=12), workers=1, progress=False)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_any_number_of_workers_gives_the_same_shards(films: Path, tmp_path: Path) -> None:
+    report = ingest([films], tmp_path / "one", encoders=SIGNAL, films_per_shard=2, progress=False)
+    ingest([films], tmp_path / "two", encoders=SIGNAL, films_per_shard=2, workers=2, progress=False)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    index = FilmIndex.load(tmp_path / "one")
+    assert (report.films, report.shots, report.failures) == (3, int(index.shots.sum()), [])
+    assert index.keys == ["film-0000", "film-0001", "film-0002"]
+    assert index.verify() == []
+    assert set(index.modalities) == set(SIGNAL)
+    info = index.info(0)
+    assert (info["source"], info["fps"], info["shots_from"]) == ("film-0000.mp4", 12.0, "detected")
+    assert info["subtitles"]["lines"] > 0
+    film = index.read(0, 0, int(index.shots[0]))
+    assert film.valid["video"].all() and film.valid["audio"].all()
+    assert 0 < int(film.valid["text"].sum()) < len(film.valid["text"])
+
+
+def test_given_lists_are_followed(films: Path, tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "film-0000.txt").write_text("0 12\n12 40\n")
+    report = ingest([films], tmp_path / "out", encoders=SIGNAL, shot_lists=lists, progress=False)
+    index = FilmIndex.load(tmp_path / "out")
+    assert index.keys == ["film-0000"]
+    assert index.read(0, 0, 2).shots_N2.tolist() == [[0, 1000], [1000, 3333]]
+    assert [path.name for path, _, _ in report.failures] == ["film-0001.mp4", "film-0002.mp4"]
+
+
+def test_broken_films_and_subtitles_are_reported(films: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(films / "film-0000.mp4", mixed / name)
+    (mixed / "b.srt").write_text("nothing that has a time\n")
+    (mixed / "c.mp4").write_text("text\n" * 100)
+    report = ingest([mixed], tmp_path / "out", encoders=SIGNAL, workers=2, progress=False)
+    assert report.films == 1
+    assert [path.name for path, _, _ in report.failures] == ["b.mp4", "c.mp4"]
+    assert all(path.stem in problem and remedy for path, problem, remedy in report.failures)
+    index = FilmIndex.load(tmp_path / "out")
+    assert index.keys == ["a"]
+    assert index.info(0)["subtitles"] is None
+    assert not index.read(0, 0, int(index.shots[0])).valid["text"].any()
+
+
+def test_nothing_good_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.mp4").write_text("text\n" * 100)
+    report = ingest([tmp_path / "c.mp4"], tmp_path / "out", encoders=SIGNAL, progress=False)
+    assert (report.films, len(report.failures)) == (0, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_can_be_known_before_is_said_before(films: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(films / "film-0000.mp4", other / "film-0000.mp4")
+    with pytest.raises(UserError, match="film-0000"):
+        ingest([films, other], tmp_path / "out", encoders=SIGNAL, progress=False)
+    with pytest.raises(UserError, match="sginal"):
+        ingest([films], tmp_path / "out", encoders={"video": "sginal"}, progress=False)
+    with pytest.raises(UserError, match="nowhere"):
+        expand([tmp_path / "nowhere.mp4"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_expand_in_order(films: Path) -> None:
+    assert [path.name for path in expand([films])] == [f"film-000{i}.mp4" for i in range(3)]
+    assert all(json.loads(path.with_suffix(".labels.json").read_text()) for path in expand([films]))
+
+
+def test_keys_are_safe() -> None:
+    assert key_of(Path("x/Amélie (2001).mkv")) == "Amelie-2001-"
+    assert key_of(Path("-abc_9.mp4")) == "-abc_9"
+    japanese, long = key_of(Path("映画.mp4")), key_of(Path("a" * 200 + ".mp4"))
+    assert japanese.startswith("film-") and japanese != key_of(Path("東京.mp4"))
+    assert len(long) <= 80

@@ -1,0 +1,99 @@
+"""Shots: cuts found in real and synthetic films, and lists in every format."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("scenedetect")
+
+from lmp.errors import UserError  # noqa: E402
+from lmp.films.media import read_pictures  # noqa: E402
+from lmp.films.shots import CutFinder, find_shot_list, read_shot_list  # noqa: E402
+from lmp.films.synthetic import FilmSettings, make_films  # noqa: E402
+
+
+def cuts_of(film: Path, fps: float) -> list[int]:
+    return [round(shot.start_ms * fps / 1000) for shot in read_pictures(film, [])][1:]
+
+
+def score(found: list[int], true: list[int], tolerance: int) -> tuple[float, float]:
+    hits = sum(any(abs(f - t) <= tolerance for t in true) for f in found)
+    recalled = sum(any(abs(f - t) <= tolerance for f in found) for t in true)
+    return hits / max(len(found), 1), recalled / len(true)
+
+
+def test_real_cuts_are_found(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = real_data / "films/tears_of_steel_battle.webm"
+    listed = film.with_name("tears_of_steel_battle.shots.csv")
+    if not (film.exists() and listed.exists()):
+        pytest.skip("the real film is absent")
+    with listed.open() as file:
+        true = [int(row["clip_start"]) for row in csv.DictReader(file)][1:]
+    precision, recall = score(cuts_of(film, 24), true, 1)
+    with capsys.disabled():
+        print(f"\n{film.name}: recall {recall:.3f}, precision {precision:.3f} at +-1 frame, {len(true)} cuts")
+    assert recall >= 0.95
+    assert precision >= 0.6  # the list lacks the flashes of the battle
+
+
+def test_synthetic_cuts_are_found(tmp_path: Path) -> None:
+    settings = FilmSettings(shots=30)
+    for film in make_films(tmp_path, films=3, seed=11, settings=settings, workers=1, progress=False):
+        true = json.loads(film.with_suffix(".labels.json").read_text())["cuts_frames"]
+        precision, recall = score(cuts_of(film, settings.fps), true, 0)
+        assert precision >= 0.97
+        assert recall >= 0.97
+
+
+def test_the_strongest_of_close_cuts_stays() -> None:
+    levels = [20] * 20 + [90] * 2 + [250] * 20 + [20] * 2
+    finder, cuts, candidate = CutFinder(min_shot_ms=400), [], 0
+    for number, level in enumerate(levels):
+        verdict = finder.feed(number * 40.0, np.full((8, 8, 3), level, np.uint8))
+        if verdict.settled:
+            cuts.append(candidate)
+        candidate = number if verdict.candidate else candidate
+    assert cuts == [22]
+    assert candidate == 42 and not finder.ends_apart(44 * 40.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "0.0 1.0\n1.0 2.5\n"),
+        ("a.txt", "0 24\n24 60\n"),
+        ("a.txt", "0 23\n24 59\n"),
+        ("a.scenes.txt", "0 23\n24 59\n"),
+        ("a.csv", "shot,clip_start,clip_end\n7,0,23\n8,24,59\n"),
+        (
+            "a.csv",
+            "Timecode List:,00:00:01.000\nScene Number,Start Frame,Start Timecode,Start Time (seconds),"
+            "End Frame,End Timecode,End Time (seconds)\n1,1,x,0.000,24,x,1.000\n2,25,x,1.000,60,x,2.500\n",
+        ),
+    ],
+)
+def test_lists_in_every_format_say_the_same(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    shots_S2 = read_shot_list(path, 24.0)
+    assert shots_S2.dtype == np.int32
+    assert shots_S2.tolist() == [[0, 1000], [1000, 2500]]
+
+
+@pytest.mark.parametrize("text", ["", "0 1 2\n", "a b\n", "5 3\n", "0 9\n4 12\n", "nan 1.0\n", "-3 4\n"])
+def test_a_bad_list_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.txt"):
+        read_shot_list(path, 24.0)
+
+
+def test_a_missing_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"film\.mp4"):
+        find_shot_list(tmp_path, Path("film.mp4"))
