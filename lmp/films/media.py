@@ -121,23 +121,35 @@ def read_sound(path: Path, shots_S2: np.ndarray) -> Iterator[np.ndarray]:
         held = held[last:]
 
 
+class _Scaler:
+    """Scales the frames of one film; every picture of one height gets the same width."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self._width, self._height = width, height
+        # One each: it is setting a scaler up that costs, and it is set up anew when the size changes.
+        self._scalers: dict[tuple[int, str], Any] = {}
+
+    def scale(self, frame: Any, height: int, pixels: str) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        from av.video.reformatter import VideoReformatter
+
+        scaler = self._scalers.setdefault((height, pixels), VideoReformatter())
+        width = max(2, round(self._width * height / self._height / 2) * 2)
+        return scaler.reformat(frame, width=width, height=height, format=pixels).to_ndarray()
+
+
 class _Frame:
     """A decoded frame, scaled when asked, once per size."""
 
-    def __init__(self, frame: Any, time_ms: float, end_ms: float, size: tuple[int, int]) -> None:
+    def __init__(self, frame: Any, time_ms: float, end_ms: float, scaler: _Scaler) -> None:
         self.time_ms, self.end_ms = time_ms, end_ms
-        self._frame, self._size = frame, size
+        self._frame, self._scaler = frame, scaler
         self._scaled: dict[tuple[int, str], np.ndarray] = {}
 
     def scaled(self, height: int, pixels: str = "rgb24") -> np.ndarray:
-        """uint8 [height, width, 3]; every frame of a film has the same width."""
-        other = self._scaled.get((height, "bgr24" if pixels == "rgb24" else "rgb24"))
-        if (height, pixels) not in self._scaled and other is not None:
-            self._scaled[height, pixels] = other[..., ::-1]
-        elif (height, pixels) not in self._scaled:
-            width = max(2, round(self._size[0] * height / self._size[1] / 2) * 2)
-            picture = self._frame.reformat(width=width, height=height, format=pixels)
-            self._scaled[height, pixels] = picture.to_ndarray()
+        """uint8 [height, width, 3]."""
+        if (height, pixels) not in self._scaled:
+            self._scaled[height, pixels] = self._scaler.scale(self._frame, height, pixels)
         return self._scaled[height, pixels]
 
 
@@ -272,7 +284,7 @@ def _frames(path: Path, threads: int) -> Iterator[_Frame]:
         video.codec_context.thread_count = threads
         video.thread_type = "AUTO"
         step_ms = 1000 / _rate(video)
-        size = (video.width, video.height)
+        scaler = _Scaler(video.width, video.height)
         last_ms, end_ms, count = 0.0, 0.0, 0
         for frame in container.decode(video):
             # No frame may come before the one shown before it, nor without a time.
@@ -280,7 +292,7 @@ def _frames(path: Path, threads: int) -> Iterator[_Frame]:
             time_ms = max(stamp, last_ms) if count else stamp
             last_ms, end_ms = time_ms, time_ms + step_ms
             count += 1
-            yield _Frame(frame, time_ms, end_ms, size)
+            yield _Frame(frame, time_ms, end_ms, scaler)
     if not count:
         raise UserError(f"{path} has a video stream without a single frame", remedy="give a whole film")
 
@@ -292,7 +304,8 @@ def _sound_chunks(path: Path) -> Iterator[np.ndarray]:
     with _opened(path) as container:
         if not container.streams.audio:
             return
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        # FFmpeg's own mix to mono would make equal channels louder than a mono film: the mean does not.
+        resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
         written = 0
         drop = 0
         for frame in container.decode(container.streams.audio[0]):
@@ -304,13 +317,13 @@ def _sound_chunks(path: Path) -> Iterator[np.ndarray]:
                 elif ahead < -_SOUND_SLACK or (written == 0 and ahead < 0):
                     drop = -ahead
             for resampled in resampler.resample(frame):
-                sound = resampled.to_ndarray()[0]
+                sound = resampled.to_ndarray().mean(0)
                 kept = sound[drop:]
                 drop = max(drop - len(sound), 0)
                 written += len(kept)
                 yield kept
         for resampled in resampler.resample(None):
-            yield resampled.to_ndarray()[0]
+            yield resampled.to_ndarray().mean(0)
 
 
 def _silence(samples: int) -> Iterator[np.ndarray]:
@@ -340,7 +353,7 @@ def _opened(path: Path) -> Iterator[Any]:
     with container:
         try:
             yield container
-        except av.FFmpegError as error:
+        except (av.FFmpegError, ValueError) as error:  # ValueError: sound whose layout changes midway
             raise UserError(
                 f"{path} cannot be decoded: {_reason(error)}",
                 remedy="copy or download it again, or repair it by converting it with ffmpeg",

@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
-from lmp.data.index import FilmIndex  # noqa: E402
-from lmp.errors import UserError  # noqa: E402
-from lmp.films.ingest import expand, ingest, key_of  # noqa: E402
-from lmp.films.synthetic import FilmSettings, make_films  # noqa: E402
+from lmp.data.index import FilmIndex
+from lmp.errors import UserError
+from lmp.films.ingest import expand, ingest, key_of
+from lmp.films.synthetic import FilmSettings, make_films
 
 SIGNAL = {"video": "signal", "audio": "signal", "text": "signal"}
 

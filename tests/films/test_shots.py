@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
-from lmp.errors import UserError  # noqa: E402
-from lmp.films.media import read_pictures  # noqa: E402
-from lmp.films.shots import CutFinder, find_shot_list, read_shot_list  # noqa: E402
-from lmp.films.synthetic import FilmSettings, make_films  # noqa: E402
+from lmp.errors import UserError
+from lmp.films.media import read_pictures
+from lmp.films.shots import CutFinder, find_shot_list, read_shot_list
+from lmp.films.synthetic import FilmSettings, make_films
 
 
 def cuts_of(film: Path, fps: float) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -101,9 +102,8 @@ def test_sound_tells_pitch_and_level_and_ignores_phase(encoders: dict[str, Encod
         return (level * np.sin(2 * np.pi * hertz * time + phase)).astype(np.float32)
 
     silence = np.zeros(32000, np.float32)
-    features, valid = encoders["audio"].encode(
-        [tone(440, 0.1), tone(440, 0.1, 1.0), tone(880, 0.1), tone(440, 0.01), silence]
-    )
+    shots = [tone(440, 0.1), tone(440, 0.1, 1.0), tone(880, 0.1), tone(440, 0.01), silence]
+    features, valid = encoders["audio"].encode(shots)
     assert valid.all(), "digital silence is something heard"
     away = (features[1:] - features[0]).norm(dim=-1)[:, 0]
     assert away[0] < 0.1 * away[1:].min()
@@ -134,9 +134,13 @@ def test_words_tell_spelling(encoders: dict[str, Encoder]) -> None:
 def test_features_are_the_same_in_another_process(encoders: dict[str, Encoder]) -> None:
     code = (
         "from lmp.films.encoders import build_encoders as b\n"
-        "f, _ = b({'text': 'signal'})['text'].encode(['Où est le café?'])\nprint(f.double().flatten().tolist())"
+        "f, _ = b({'text': 'signal'})['text'].encode(['Où est le café?'])\n"
+        "print(f.double().flatten().tolist())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    root = Path(__file__).parents[2]
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
     mine = encoders["text"].encode(["Où est le café?"])[0]
     assert json.loads(out) == mine.double().flatten().tolist()
 

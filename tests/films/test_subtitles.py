@@ -40,14 +40,14 @@ def test_a_cyrillic_file_is_guessed(tmp_path: Path) -> None:
 
 def test_vtt_and_ass_lose_their_tags(tmp_path: Path) -> None:
     vtt = tmp_path / "a.vtt"
-    vtt.write_text(
-        "WEBVTT\n\n00:01.000 --> 00:02.500\n<v Anna><c.yellow>Où est</c>\nle café ?</v>\n", encoding="utf-8"
-    )
+    said = "<v Anna><c.yellow>Où est</c>\nle café ?</v>"
+    vtt.write_text(f"WEBVTT\n\n00:01.000 --> 00:02.500\n{said}\n", encoding="utf-8")
     ass = tmp_path / "a.ass"
     ass.write_text(
-        "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\n\n[Events]\nFormat: Layer, Start, End, Style, Text\n"
-        "Comment: 0,0:00:00.00,0:00:09.00,Default,not said\n"
-        "Dialogue: 0,0:00:01.00,0:00:02.50,Default,{\\an8}Où est\\Nle {\\i1}café{\\i0} ?\n",
+        "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\n\n[Events]\n"
+        "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
+        "Comment: 0,0:00:00.00,0:00:09.00,Default,,0,0,0,,not said\n"
+        "Dialogue: 0,0:00:01.00,0:00:02.50,Default,,0,0,0,,{\\an8}Où est\\Nle {\\i1}café{\\i0} ?\n",
         encoding="utf-8",
     )
     for path in (vtt, ass):
@@ -129,9 +129,9 @@ def test_every_real_file_parses(real_data: Path) -> None:
         starts = [line.start_ms for line in subtitles.lines]
         assert starts == sorted(starts)
         assert subtitles.dropped <= 0.01 * len(starts), path.name
-        assert all(
-            line.text and "-->" not in line.text and "\ufffd" not in line.text for line in subtitles.lines
-        )
+        assert all(line.text and "-->" not in line.text for line in subtitles.lines)
+        if "\ufffd".encode() not in path.read_bytes():
+            assert not any("\ufffd" in line.text for line in subtitles.lines), path.name
         end = max(line.end_ms for line in subtitles.lines)
         cuts = np.arange(0, end + 4000, 4000)
         said = words_of_shots(subtitles, np.stack([cuts[:-1], cuts[1:]], axis=1))

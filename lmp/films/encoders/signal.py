@@ -106,7 +106,7 @@ class SignalSound(_SignalEncoder):
 
     def _vector(self, shot: np.ndarray) -> Array:
         wave = np.nan_to_num(np.asarray(shot, dtype=np.float32))
-        wave = np.pad(wave, (0, max(0, self._window + self._hop - len(wave))))
+        wave = np.pad(wave, (0, max(0, self._window - len(wave))))
         frames_NW = np.lib.stride_tricks.sliding_window_view(wave, self._window)[:: self._hop]
         taper_W = np.hanning(self._window).astype(np.float32)
         # In blocks: one spectrum of an hour in one shot would take gigabytes.
@@ -116,7 +116,7 @@ class SignalSound(_SignalEncoder):
             power = spectrum.real**2 + spectrum.imag**2
             blocks.append(np.log(power @ _MEL.T + 1e-5))
         log_mel_NB = np.concatenate(blocks)
-        change_B = np.abs(np.diff(log_mel_NB, axis=0)).mean(axis=0)
+        change_B = np.abs(np.diff(log_mel_NB, axis=0)).sum(axis=0) / max(1, len(log_mel_NB) - 1)
         # The offset and scales bring ordinary film sound to about zero mean and unit spread.
         parts = [(log_mel_NB.mean(axis=0) + 4) / 4, log_mel_NB.std(axis=0) / 2, change_B]
         return np.concatenate(parts).astype(np.float32)

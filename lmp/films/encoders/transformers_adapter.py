@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lmp.films.encoders.base import Kind
 
 SAMPLE_RATE = 16_000
 LONGEST_SOUND_S = 30
+EXAMPLES = {"picture": "VideoMAE or V-JEPA 2", "sound": "wav2vec 2.0 or WavLM", "words": "BART or BERT"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -59,8 +61,8 @@ class TransformersEncoder:
             model = model.get_encoder()
         self._model = model.to(self._device, torch.float32).eval().requires_grad_(False)
         self._config = model.config
-        self.width = int(self._config.hidden_size)
         self._check_kind()
+        self.width = int(self._config.hidden_size)
         self.version = self._version()
         self.frames, self.height = 0, 0
         if kind == "picture":
@@ -72,6 +74,7 @@ class TransformersEncoder:
             )
         else:
             self._tokenizer = self._load(transformers.AutoTokenizer)
+            self._check_tokenizer()
             self._longest_text = _longest_text(self._tokenizer, self._config)
 
     @torch.no_grad()
@@ -85,11 +88,8 @@ class TransformersEncoder:
             for piece in self._pieces(shot) if valid[i] else ():
                 owners.append(i)
                 pieces.append(piece)
-        # Neighbours in length share a batch, so that little is padding.
-        order = sorted(range(len(pieces)), key=lambda j: len(pieces[j]))
         weight_n = torch.zeros(len(shots))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        for batch in self._batches([len(piece) for piece in pieces]):
             hidden_BTD, mask_BT = self._forward([pieces[j] for j in batch])
             owner_B = torch.tensor([owners[j] for j in batch])
             features_nKD[:, 0].index_add_(0, owner_B, (hidden_BTD * mask_BT[..., None]).sum(1).cpu())
@@ -128,17 +128,32 @@ class TransformersEncoder:
             )
             raise UserError(
                 f"cannot load the {what} of {self.kind} encoder {self._source}: {reason}",
-                remedy="give a folder saved with save_pretrained (model and its tokenizer or processor) or a hub name",
+                remedy="give a hub name or a folder saved with save_pretrained (model and processor)",
             ) from error
 
     def _check_kind(self) -> None:
         inputs = {"picture": ("pixel_values", "pixel_values_videos"), "sound": ("input_values",)}
         wanted = inputs.get(self.kind, ("input_ids",))
         self._arguments = inspect.signature(self._model.forward).parameters
-        if not any(name in self._arguments for name in wanted):
+        # Models of several towers have no one width; models of spectrograms have no filters over the wave.
+        needs = ("hidden_size", "conv_kernel") if self.kind == "sound" else ("hidden_size",)
+        takes = any(name in self._arguments for name in wanted)
+        if not takes or not all(hasattr(self._config, name) for name in needs):
             raise UserError(
                 f"{self._source} is a {self._config.model_type} model, which does not encode {self.kind}",
-                remedy=f"give a model that takes {' or '.join(wanted)}",
+                remedy=f"give one of the kind of {EXAMPLES[self.kind]}",
+            )
+
+    def _check_tokenizer(self) -> None:
+        # Without tokenizer files transformers silently makes a tokenizer of the special tokens alone.
+        known = len(set(self._tokenizer.get_vocab()) - set(self._tokenizer.all_special_tokens))
+        if not known or len(self._tokenizer) > self._config.vocab_size:
+            what = (
+                f"{len(self._tokenizer)} tokens, the model {self._config.vocab_size}" if known else "no words"
+            )
+            raise UserError(
+                f"the tokenizer of {self._source} has {what}",
+                remedy="save the tokenizer that belongs to the model in the same folder",
             )
 
     def _version(self) -> str:
@@ -161,6 +176,16 @@ class TransformersEncoder:
         longest = LONGEST_SOUND_S * SAMPLE_RATE
         count = -(-len(wave) // longest)
         return np.array_split(wave, count)
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        # Neighbours in length share a batch, so that little is padding. A sound model without a mask gets
+        # none: its group norm would take padding for silence in the shot.
+        pure = self.kind == "sound" and not self._mask_sound
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for _, same in groupby(order, key=lambda piece: lengths[piece] if pure else 0):
+            group = list(same)
+            for start in range(0, len(group), self._batch_size):
+                yield group[start : start + self._batch_size]
 
     def _forward(self, pieces: list[Any]) -> tuple[Tensor, Tensor]:
         """Hidden states [B, T, D] and which tokens count [B, T]."""
@@ -195,7 +220,7 @@ class TransformersEncoder:
         # Models with a group norm were trained without a mask: they are told nothing of the padding.
         mask = heard_BT.long() if self._mask_sound else None
         hidden_BTD = self._model(input_values=wave_BT, attention_mask=mask).last_hidden_state
-        tokens_B = _tokens_of_sound(length_B, self._config)
+        tokens_B = self._model._get_feat_extract_output_lengths(length_B)
         return hidden_BTD, torch.arange(hidden_BTD.shape[1], device=self._device) < tokens_B[:, None]
 
 
@@ -263,12 +288,6 @@ def _read_sound_input(extractor: Any) -> tuple[bool, bool]:
             remedy=f"give a model for {SAMPLE_RATE} Hz",
         )
     return bool(getattr(extractor, "do_normalize", False)), bool(extractor.return_attention_mask)
-
-
-def _tokens_of_sound(samples: Tensor, config: Any) -> Tensor:
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
-    return samples
 
 
 def _shortest_sound(config: Any) -> int:
