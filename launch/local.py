@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-n", "--processes", type=int, default=1)
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME)")
     parser.add_argument("--resume", choices=["auto", "never"], default="auto")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         if arguments.processes < 1:
             raise UserError(f"-n {arguments.processes}: at least one process is needed", remedy="give -n 1 or more")

@@ -14,7 +14,7 @@ from lmp.errors import EXIT_DONE, EXIT_USER, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -25,6 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; overrides may stand before and after options, which argparse alone does not take."""
+    top = parser()
+    arguments, more = top.parse_known_args(argv)
+    if more and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.overrides = [*arguments.overrides, *more]
+    return arguments
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = argparse.ArgumentParser(prog="lmp", description=__doc__.splitlines()[0])
@@ -33,7 +44,13 @@ def parser() -> argparse.ArgumentParser:
     ingest = commands.add_parser("ingest", help="films become shards of features")
     ingest.add_argument("films", nargs="+", type=Path, metavar="FILM", help="film files, or folders of them")
     ingest.add_argument("--out", type=Path, required=True, metavar="SHARDS")
-    ingest.add_argument("--encoder", action="append", default=[], metavar="NAME=SPEC", help="modality and its encoder: video=signal, text=/folder/of/a/model")
+    ingest.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=SPEC",
+        help="modality and its encoder: video=signal, text=/folder/of/a/model",
+    )
     ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
     ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
     ingest.add_argument("--workers", type=int, default=1)
@@ -56,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a run on held-out shards")
     evaluate.add_argument("folder", type=Path, metavar="RUN")
     evaluate.add_argument("shards", nargs="+", type=Path)
-    evaluate.add_argument("--train-shards", nargs="*", type=Path, default=[], help="to fit probes and the linear rival on")
+    evaluate.add_argument(
+        "--train-shards", nargs="*", type=Path, default=[], help="to fit probes and the linear rival on"
+    )
     evaluate.add_argument("--labels", type=Path, help="folder of KEY.labels.json")
     evaluate.add_argument("--out", type=Path, help="report folder (default: RUN/evaluation)")
     evaluate.add_argument("--seeds", type=int, default=3)
@@ -117,7 +136,9 @@ def _data_stats(arguments: argparse.Namespace) -> int:
 
     index = FilmIndex.load(arguments.shards)
     shots = index.shots
-    print(f"{len(index)} films, {int(shots.sum())} shots (per film {shots.min()} to {shots.max()}, mean {shots.mean():.0f})")
+    print(
+        f"{len(index)} films, {int(shots.sum())} shots (per film {shots.min()} to {shots.max()}, mean {shots.mean():.0f})"
+    )
     for name, modality in index.modalities.items():
         print(f"{name}: {modality.tokens} x {modality.width} {modality.dtype}")
     print(f"digest {index.digest}")

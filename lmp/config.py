@@ -71,7 +71,9 @@ class TrainConfig(Section):
 
     steps: int = Field(1000, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
-    log_every: int = Field(10, ge=1, description="steps between full metrics (rivals, accuracy); losses are logged each step")
+    log_every: int = Field(
+        10, ge=1, description="steps between full metrics (rivals, accuracy); losses are logged each step"
+    )
     peak_tflops: float | None = Field(None, gt=0, description="of one device, for the MFU; null: known devices only")
 
 
@@ -131,7 +133,9 @@ def validate(raw: Mapping[str, Any], *, source: str) -> Config:
     return config
 
 
-def check_run(config: Config, *, world_size: int, modalities: Mapping[str, Any], source: str = "the configuration") -> None:
+def check_run(
+    config: Config, *, world_size: int, modalities: Mapping[str, Any], source: str = "the configuration"
+) -> None:
     """Hold a configuration against the processes and the data set that it meets.
 
     Args:
@@ -198,7 +202,9 @@ def config_help() -> Iterable[tuple[str, str, str]]:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        )
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
         raise UserError(f"{path}: no such configuration file", remedy=hint)
     resolved = path.resolve()
@@ -224,7 +230,9 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"override {override!r} is not of the form a.b=c", remedy="write for example train.steps=100")
+            raise UserError(
+                f"override {override!r} is not of the form a.b=c", remedy="write for example train.steps=100"
+            )
         try:
             tree = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -114,9 +114,7 @@ Largest difference of any output from the training model: **{difference:.3g}** (
 """
 
 
-def card(
-    config: LmpConfig, origin: Origin, proof: Proof, *, encoders: Mapping[str, Any], parameters: int
-) -> str:
+def card(config: LmpConfig, origin: Origin, proof: Proof, *, encoders: Mapping[str, Any], parameters: int) -> str:
     """The text of README.md."""
     with_heads = "reconstructed" in proof.per_output
     first, spec = next(iter(config.modalities.items()))

@@ -75,9 +75,7 @@ def check_tensors(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *
     faults += [f"{name} is unexpected" for name in weights if name not in wanted]
     for name, tensor in weights.items():
         if name in wanted and tensor.shape != wanted[name].shape:
-            faults.append(
-                f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}"
-            )
+            faults.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}")
         if tensor.dtype != torch.float32:
             faults.append(f"{name} is {tensor.dtype}, expected torch.float32")
     faults += [f"{one} and {other} share memory" for one, other in aliases(weights)]
@@ -119,20 +117,14 @@ def prove(folder: Path, *, model: LmpForPretraining, prefix: str, auto_class: st
     with torch.no_grad():
         output = (model.lmp if prefix else model).eval()(**inputs)
     expected = dict(_isolated_load.named_tensors(output))
-    weights = {
-        name.removeprefix(prefix): t for name, t in model.state_dict().items() if name.startswith(prefix)
-    }
+    weights = {name.removeprefix(prefix): t for name, t in model.state_dict().items() if name.startswith(prefix)}
     found, report = _run_isolated(folder, auto_class, inputs)
     faults = [f"{key}: {', '.join(names[:3])}" for key, names in report["faults"].items()]
     loaded = {name: (numel, digest) for name, (numel, digest) in report["tensors"].items()}
-    faults += [
-        f"tensor {name} differs" for name, digest in digests(weights).items() if loaded.get(name) != digest
-    ]
+    faults += [f"tensor {name} differs" for name, digest in digests(weights).items() if loaded.get(name) != digest]
     faults += [f"tensor {name} is unexpected" for name in loaded if name not in weights]
     faults += [f"output {name} is missing or unexpected" for name in sorted(expected.keys() ^ found.keys())]
-    per_output = {
-        name: largest_difference(expected[name], found[name]) for name in sorted(expected) if name in found
-    }
+    per_output = {name: largest_difference(expected[name], found[name]) for name in sorted(expected) if name in found}
     # Written so that a difference which is not a number is a fault too.
     faults += [f"output {name} differs by {d:.3g}" for name, d in per_output.items() if not d <= TOLERANCE]
     if faults:
@@ -151,18 +143,14 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
     return (one.double() - other.double()).abs().max().item()
 
 
-def _run_isolated(
-    folder: Path, auto_class: str, inputs: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _run_isolated(folder: Path, auto_class: str, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Outputs by name, and what the other process reported."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         (scratch / "empty").mkdir()
         # transformers 4.51 cannot load remote code from a folder with a dot in its name.
         (scratch / "model").symlink_to(folder.resolve(), target_is_directory=True)
-        source, sink, report = (
-            scratch / file for file in ("in.safetensors", "out.safetensors", "report.json")
-        )
+        source, sink, report = (scratch / file for file in ("in.safetensors", "out.safetensors", "report.json"))
         tensors = {key: torch.as_tensor(value) for key, value in _isolated_load.named_tensors(inputs)}
         save_file(tensors, source)
         hidden = ("PYTHON", "HF_", "TRANSFORMERS_")
@@ -173,9 +161,7 @@ def _run_isolated(
             "HF_MODULES_CACHE": str(scratch / "modules"),
         }
         # With -I python sees neither PYTHONPATH nor the user's packages: name where these come from.
-        paths = {
-            str(Path(str(package.__file__)).parents[1]) for package in (torch, transformers, safetensors)
-        }
+        paths = {str(Path(str(package.__file__)).parents[1]) for package in (torch, transformers, safetensors)}
         script = Path(_isolated_load.__file__).resolve()
         arguments = [str(scratch / "model"), auto_class, str(source), str(sink), str(report), *sorted(paths)]
         done = subprocess.run(

@@ -83,9 +83,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(
-            f"{partial}: cannot be made ({error.strerror})", remedy="name another folder"
-        ) from error
+        raise UserError(f"{partial}: cannot be made ({error.strerror})", remedy="name another folder") from error
     try:
         parameters, proof = _write(partial, model, trained, origin, with_heads=with_heads)
         _publish(partial, out)
@@ -97,9 +95,7 @@ def export(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export_huggingface", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.export_huggingface", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
@@ -159,9 +155,7 @@ def _write(
     before, after = digests(weights), digests(load_file(folder / "model.safetensors"))
     if before != after:
         names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        raise UserError(
-            f"model.safetensors: {names[0]} was not written as it is", remedy="check the disk, and repeat"
-        )
+        raise UserError(f"model.safetensors: {names[0]} was not written as it is", remedy="check the disk, and repeat")
     _write_config(folder, trained, with_heads=with_heads)
     # safetensors makes its file readable by the owner alone.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")

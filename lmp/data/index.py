@@ -220,9 +220,7 @@ class FilmIndex:
         except FileNotFoundError:
             return f"{self.shards[shard]} is missing"
         wanted = self.entries[shard]["bytes"]
-        return (
-            None if size == wanted else f"{self.shards[shard]} has {size} bytes, its manifest says {wanted}"
-        )
+        return None if size == wanted else f"{self.shards[shard]} has {size} bytes, its manifest says {wanted}"
 
     def _in_column_order(self, arrays: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
         """[F, C] in the order of self.columns, whatever the order in each shard."""

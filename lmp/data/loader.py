@@ -149,9 +149,7 @@ class PackLoader:
                 return StepBatch(step.cursor, list(map(self._read, step.packs, step.slots)))
             while len(self._reading) <= self._read_ahead:
                 step = next(self._steps)
-                futures = [
-                    self._pool.submit(self._read, *task) for task in zip(step.packs, step.slots, strict=True)
-                ]
+                futures = [self._pool.submit(self._read, *task) for task in zip(step.packs, step.slots, strict=True)]
                 self._reading.append((step.cursor, futures))
             cursor, futures = self._reading.popleft()
             return StepBatch(cursor, [future.result() for future in futures])

@@ -88,9 +88,7 @@ class EpochPlan:
         filled: packs that hold windows; the last step is filled up with idle packs.
     """
 
-    def __init__(
-        self, settings: PlanSettings, epoch: int, windows_W3: np.ndarray, bounds: np.ndarray
-    ) -> None:
+    def __init__(self, settings: PlanSettings, epoch: int, windows_W3: np.ndarray, bounds: np.ndarray) -> None:
         """`windows_W3` [W, (film, start, stop)] pack after pack; pack n is rows bounds[n]:bounds[n + 1]."""
         self.epoch = epoch
         self.filled = len(bounds) - 1
@@ -129,9 +127,7 @@ def plan(shots: np.ndarray, settings: PlanSettings, epoch: int) -> EpochPlan:
         UserError: there is no film, or one without shots.
     """
     if len(shots) == 0 or shots.min() < 1:
-        raise UserError(
-            "the plan needs films of at least one shot each", remedy="give shards that hold films"
-        )
+        raise UserError("the plan needs films of at least one shot each", remedy="give shards that hold films")
     random = np.random.Philox(key=np.array([settings.seed, epoch], dtype=np.uint64))
     windows_W3 = _cut(shots.astype(np.int64), settings.longest_window, random)
     windows_W3 = windows_W3[_permutation(len(windows_W3), random)]

@@ -97,13 +97,9 @@ def _checked_modality(film: FilmRecord, name: str) -> tuple[torch.Tensor, torch.
             remedy=f"give [S, K, D] with S = {shots} shots",
         )
     if valid_S.dtype != torch.bool or valid_S.shape != (shots,):
-        raise UserError(
-            f"{where}: valid is {valid_S.dtype} {list(valid_S.shape)}", remedy=f"give bool [{shots}]"
-        )
+        raise UserError(f"{where}: valid is {valid_S.dtype} {list(valid_S.shape)}", remedy=f"give bool [{shots}]")
     if features_SKD.dtype not in (torch.float32, *FEATURE_DTYPES.values()):
-        raise UserError(
-            f"{where}: features are {features_SKD.dtype}", remedy="give float16, bfloat16 or float32"
-        )
+        raise UserError(f"{where}: features are {features_SKD.dtype}", remedy="give float16, bfloat16 or float32")
     bad_S = ~torch.isfinite(features_SKD).flatten(1).all(1)
     features_SKD = features_SKD.masked_fill(bad_S[:, None, None], 0)
     if features_SKD.dtype == torch.float32:
@@ -135,9 +131,7 @@ def _describe(modality: Modality | None) -> str:
     return f"{modality.dtype} [S, {modality.tokens}, {modality.width}]"
 
 
-def film_json(
-    film: FilmRecord, modalities: dict[str, Modality], encoders: dict[str, dict[str, Any]]
-) -> bytes:
+def film_json(film: FilmRecord, modalities: dict[str, Modality], encoders: dict[str, dict[str, Any]]) -> bytes:
     own = {
         "key": film.key,
         "shots": len(film.shots_S2),

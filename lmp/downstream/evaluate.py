@@ -173,9 +173,7 @@ class _Work:
         scaling = Scaling.of(self.index, tuple(config.modalities))
         tick("ridge regression")
         fitted = (
-            None
-            if self.train_index is None
-            else Ridge(self.train_index, target=config.target, sources=config.sources)
+            None if self.train_index is None else Ridge(self.train_index, target=config.target, sources=config.sources)
         )
         tick("cross-modal rivals")
         found = cross_modal_rivals(
@@ -204,9 +202,7 @@ class _Work:
             fresh_cross.append(cross_modal(fresh, self.index, settings=retrieval))
             tick(f"untrained model, seed {seed}")
             contenders = shared | {"untrained": self._features(fresh)} if tasks else {}
-            accuracies.append(
-                {name: probe(items, splits[seed], contenders) for name, (items, splits) in tasks.items()}
-            )
+            accuracies.append({name: probe(items, splits[seed], contenders) for name, (items, splits) in tasks.items()})
             tick(f"probes, seed {seed}")
         for name in config.modalities:
             if all(name in one for one in masked):
@@ -239,9 +235,7 @@ class _Work:
         for held in self._indexes():
             for film in films(held, names):
                 columns = [
-                    part
-                    for name in names
-                    for part in (scaling.apply(film, name), film.valid[name].float()[:, None])
+                    part for name in names for part in (scaling.apply(film, name), film.valid[name].float()[:, None])
                 ]
                 rows.append(torch.cat(columns, dim=1).numpy())
         return rows
@@ -291,15 +285,11 @@ def _held_labels(
 def _notes(work: _Work, labels: Path | None) -> list[str]:
     notes = []
     if work.train_index is None:
-        notes.append(
-            "No training shards were given: no ridge, and probes are fitted on a part of the held-out films."
-        )
+        notes.append("No training shards were given: no ridge, and probes are fitted on a part of the held-out films.")
     if work.labels is None:
         notes.append("No labels were given: no probes.")
     elif missing := sum(one is None for one in work.labels):
-        notes.append(
-            f"{missing} of {len(work.labels)} films have no file in {labels} and are left out of the probes."
-        )
+        notes.append(f"{missing} of {len(work.labels)} films have no file in {labels} and are left out of the probes.")
     return notes
 
 

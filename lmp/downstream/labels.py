@@ -28,22 +28,21 @@ def read_labels(folder: Path, key: str, shots_N2: np.ndarray) -> FilmLabels | No
     """Labels of a film, or None where the folder has none for it.
 
     Args:
-        folder: holds KEY.labels.json files.
+        folder: holds KEY.labels.json files, itself or in the folders just below.
         key: of the film.
         shots_N2: detected shots in ms; each gets the labels of the true shot that it overlaps most.
 
     Raises:
         UserError: the file is not what this module describes.
     """
-    path = folder / f"{key}.labels.json"
-    if not path.is_file():
+    name = f"{key}.labels.json"
+    path = next((p for p in (folder / name, *sorted(folder.glob(f"*/{name}"))) if p.is_file()), None)
+    if path is None:
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         true_shots = raw["shots"]
-        spans_M2 = np.array(
-            [(shot["start_ms"], shot["end_ms"]) for shot in true_shots], dtype=np.int64
-        ).reshape(-1, 2)
+        spans_M2 = np.array([(shot["start_ms"], shot["end_ms"]) for shot in true_shots], dtype=np.int64).reshape(-1, 2)
         film = {name: str(value) for name, value in raw.get("film", {}).items() if _is_label(value)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -126,9 +126,7 @@ def cosine_ranks(
         tile = slice(start, start + step)
         scores_QG = torch.nn.functional.normalize(queries_QE[tile].float(), dim=1) @ gallery_GE.T
         excluded = None if excluded_Q is None else excluded_Q[tile]
-        ranks.append(
-            rank_scores(scores_QG, true_Q[tile], ties=ties, tolerance=tolerance, excluded_Q=excluded).cpu()
-        )
+        ranks.append(rank_scores(scores_QG, true_Q[tile], ties=ties, tolerance=tolerance, excluded_Q=excluded).cpu())
     return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.float64)
 
 

@@ -46,9 +46,7 @@ def plot_losses(metrics: Path, picture: Path) -> bool:
         for key, style in ((name, "-"), (f"chance/{part}", ":"), (f"{part}/chance", ":")):
             drawn = [(step, numbers[key]) for step, numbers in steps.items() if key in numbers]
             if drawn:
-                axis.plot(
-                    *zip(*drawn, strict=True), style, color="#1f6f8b" if style == "-" else "#888888", lw=1.2
-                )
+                axis.plot(*zip(*drawn, strict=True), style, color="#1f6f8b" if style == "-" else "#888888", lw=1.2)
         axis.set_title(name)
         axis.set_xlabel("step")
     _save(plt, figure, picture)

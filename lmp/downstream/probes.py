@@ -78,9 +78,7 @@ def draw_splits(
     """
     films = np.unique(items.film_I)
     pool = (
-        films
-        if fit_films is None
-        else np.array([film for film in films.tolist() if film in fit_films], dtype=np.int64)
+        films if fit_films is None else np.array([film for film in films.tolist() if film in fit_films], dtype=np.int64)
     )
     share = fit_share if fit_films is None else 0.8
     count = max(1, round(share * len(pool)))
@@ -115,9 +113,7 @@ def probe(items: ProbeItems, split: Split, contenders: dict[str, Features]) -> d
     return accuracy
 
 
-def probe_table(
-    items: ProbeItems, splits: Sequence[Split], accuracies: Sequence[dict[str, float]]
-) -> ProbeTable:
+def probe_table(items: ProbeItems, splits: Sequence[Split], accuracies: Sequence[dict[str, float]]) -> ProbeTable:
     """One table of the accuracies under each split."""
     return ProbeTable(
         level="film" if (items.row_I < 0).all() else "shot",
@@ -130,14 +126,10 @@ def probe_table(
 
 def _items(found: list[tuple[int, int, str]]) -> ProbeItems:
     film, row, label = zip(*found, strict=True) if found else ((), (), ())
-    return ProbeItems(
-        np.array(film, dtype=np.int64), np.array(row, dtype=np.int64), np.array(label, dtype=object)
-    )
+    return ProbeItems(np.array(film, dtype=np.int64), np.array(row, dtype=np.int64), np.array(label, dtype=object))
 
 
-def _fit_and_predict(
-    fit_ID: np.ndarray, label_I: np.ndarray, film_I: np.ndarray, test_ID: np.ndarray
-) -> np.ndarray:
+def _fit_and_predict(fit_ID: np.ndarray, label_I: np.ndarray, film_I: np.ndarray, test_ID: np.ndarray) -> np.ndarray:
     mean_D, std_D = fit_ID.mean(0, dtype=np.float64), fit_ID.std(0, dtype=np.float64)
     # A feature that never changes among the fitted items is dropped: nothing says how to scale it in a test.
     kept = std_D > 1e-6 * np.maximum(np.abs(mean_D), 1e-6)
@@ -156,9 +148,7 @@ def _strength(fit_ID: np.ndarray, label_I: np.ndarray, film_I: np.ndarray) -> fl
     if len(films) < 4 or len(set(label_I[~held_I].tolist())) < 2:
         return STRENGTHS[1]
     scores = [
-        (
-            _fitted(fit_ID[~held_I], label_I[~held_I], strength).predict(fit_ID[held_I]) == label_I[held_I]
-        ).mean()
+        (_fitted(fit_ID[~held_I], label_I[~held_I], strength).predict(fit_ID[held_I]) == label_I[held_I]).mean()
         for strength in STRENGTHS
     ]
     return STRENGTHS[int(np.argmax(scores))]

@@ -117,9 +117,7 @@ def verdicts(results: EvaluationResult) -> list[Verdict]:
     """
     found: list[Verdict] = []
     if not results.masked_shot:
-        found.append(
-            Verdict("masked-shot retrieval", False, "no modality has two hidden shots to tell apart")
-        )
+        found.append(Verdict("masked-shot retrieval", False, "no modality has two hidden shots to tell apart"))
     else:
         tables = results.masked_shot
         for rival in MASKED_RIVALS:
@@ -141,9 +139,7 @@ def verdicts(results: EvaluationResult) -> list[Verdict]:
     return found
 
 
-def _pair(
-    tables: dict[str, RetrievalTable], rival: str, metric: str, *, model: str = "model"
-) -> tuple[float, float]:
+def _pair(tables: dict[str, RetrievalTable], rival: str, metric: str, *, model: str = "model") -> tuple[float, float]:
     return mean_over_tables(tables, model, metric), mean_over_tables(tables, rival, metric)
 
 

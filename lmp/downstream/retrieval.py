@@ -184,9 +184,7 @@ def cross_modal(
         present_N = torch.arange(len(film.shots_N2)) >= first
         valid, target = film.valid, config.target
         asked_N = source_shots(film, target, config.sources) & present_N
-        views["reconstruction"].add(
-            _pad(later.reconstructed, first), whole.aligned[target], asked_N, valid[target]
-        )
+        views["reconstruction"].add(_pad(later.reconstructed, first), whole.aligned[target], asked_N, valid[target])
         for a, b in permutations(modalities, 2):
             views[f"{a}->{b}"].add(
                 _pad(later.aligned[a], first), whole.aligned[b], valid[a] & valid[b] & present_N, valid[b]

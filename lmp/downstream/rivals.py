@@ -29,9 +29,7 @@ class Guesses:
     nearest_A: Tensor
 
 
-def guess(
-    base_ND: Tensor, seen_N: Tensor, asked_A: Tensor, lengths: Sequence[int], *, chunk: int = 1024
-) -> Guesses:
+def guess(base_ND: Tensor, seen_N: Tensor, asked_A: Tensor, lengths: Sequence[int], *, chunk: int = 1024) -> Guesses:
     """Guess asked shots from the seen shots of the same run, never from themselves.
 
     `copy` takes the nearest seen shot (of two, the earlier), `mean` all alike, `near` all, weighted by

@@ -97,9 +97,7 @@ def expand(paths: Iterable[Path]) -> list[Path]:
                 p for p in path.iterdir() if p.suffix.lower() in FILM_SUFFIXES and not p.name.startswith(".")
             )
             if not inside:
-                raise UserError(
-                    f"{path} holds no film", remedy=f"give films ({', '.join(sorted(FILM_SUFFIXES))})"
-                )
+                raise UserError(f"{path} holds no film", remedy=f"give films ({', '.join(sorted(FILM_SUFFIXES))})")
             films += inside
         elif path.exists():
             films.append(path)
@@ -154,9 +152,7 @@ def ingest(
     """
     jobs = _jobs(expand(films), shot_lists, subtitles, workers)
     described = {name: encoder.describe() for name, encoder in build_encoders(encoders).items()}
-    writer = ShardWriter(
-        out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite
-    )
+    writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
     report = IngestReport()
     try:
         with Progress(disable=not progress) as bar:
@@ -177,9 +173,7 @@ def _jobs(films: list[Path], shot_lists: Path | None, subtitles: Path | None, wo
     if subtitles is not None and not subtitles.is_dir():
         raise UserError(f"{subtitles} is no folder of subtitles", remedy="give a folder")
     if shot_lists is not None and not (shot_lists.is_dir() or (shot_lists.is_file() and len(films) == 1)):
-        raise UserError(
-            f"{shot_lists} is no folder of shot lists", remedy="give a folder, or one list for one film"
-        )
+        raise UserError(f"{shot_lists} is no folder of shot lists", remedy="give a folder, or one list for one film")
     seen: dict[str, Path] = {}
     for film in films:
         if (other := seen.setdefault(key_of(film), film)) is not film:

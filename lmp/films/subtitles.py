@@ -108,9 +108,7 @@ def find_subtitles(film: Path) -> Path | None:
     """The subtitles beside a film: FILM.srt, .vtt or .ass, or else FILM.en.srt and the like, or None."""
     if not film.parent.is_dir():
         return None
-    beside = sorted(
-        p for p in film.parent.iterdir() if p.suffix.lower() in SUFFIXES and p != film and p.is_file()
-    )
+    beside = sorted(p for p in film.parent.iterdir() if p.suffix.lower() in SUFFIXES and p != film and p.is_file())
     by_suffix = sorted(beside, key=lambda p: SUFFIXES.index(p.suffix.lower()))
     for same in (lambda p: p.stem == film.stem, lambda p: Path(p.stem).stem == film.stem):
         found = next((p for p in by_suffix if same(p)), None)

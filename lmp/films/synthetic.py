@@ -50,9 +50,7 @@ def make_film(path: Path, *, seed: int, settings: FilmSettings | None = None) ->
     """
     settings = settings or FilmSettings()
     if path.suffix != ".mp4" or not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
-        raise UserError(
-            f"{path.name} is no name for a film", remedy="use letters, digits, _ and -, ending in .mp4"
-        )
+        raise UserError(f"{path.name} is no name for a film", remedy="use letters, digits, _ and -, ending in .mp4")
     rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)]
     truth = write_script(rngs[0], path.stem, settings)
     mixer = Mixer(rngs[2], settings)
@@ -65,9 +63,7 @@ def make_film(path: Path, *, seed: int, settings: FilmSettings | None = None) ->
             path.with_suffix(suffix).write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error}", remedy="give a folder that can be written"
-        ) from error
+        raise UserError(f"cannot write {path}: {error}", remedy="give a folder that can be written") from error
     finally:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
@@ -141,12 +137,9 @@ def _encode(path: Path, truth: FilmTruth, settings: FilmSettings, painter: Paint
                 picture.pts, picture.time_base = number, Fraction(1, settings.fps)
                 container.mux(video.encode(picture))
             first, last = (
-                round(frame * settings.sample_rate / settings.fps)
-                for frame in (shot.start_frame, shot.end_frame)
+                round(frame * settings.sample_rate / settings.fps) for frame in (shot.start_frame, shot.end_frame)
             )
-            sound = av.AudioFrame.from_ndarray(
-                mixer.shot(shot, last - first)[None], format="fltp", layout="mono"
-            )
+            sound = av.AudioFrame.from_ndarray(mixer.shot(shot, last - first)[None], format="fltp", layout="mono")
             sound.sample_rate, sound.pts, sound.time_base = (
                 settings.sample_rate,
                 first,

@@ -98,13 +98,9 @@ class Painter:
         chroma = tint[:, None, None] + (chroma - 128) * np.float32(0.4 + 0.6 * gain)
         return luma, chroma
 
-    def _draw_person(
-        self, name: str, luma: np.ndarray, chroma: np.ndarray, *, size: str, right: bool
-    ) -> None:
+    def _draw_person(self, name: str, luma: np.ndarray, chroma: np.ndarray, *, size: str, right: bool) -> None:
         person = PEOPLE[name]
-        radius = (
-            self.height * {"wide": 0.07, "medium": 0.15, "close": 0.44}[size] * self.rng.uniform(0.92, 1.08)
-        )
+        radius = self.height * {"wide": 0.07, "medium": 0.15, "close": 0.44}[size] * self.rng.uniform(0.92, 1.08)
         high, wide = luma.shape
         shift = {"wide": 0.24, "medium": 0.14, "close": 0.05}[size] + self.rng.normal(0, 0.015)
         y, x = np.ogrid[:high, :wide]
@@ -128,9 +124,7 @@ class Painter:
             luma[mask] = colour[0]
             chroma[:, mask[::2, ::2]] = colour[1:, None]
 
-    def _draw_thing(
-        self, shot: ShotTruth, y_NHW: np.ndarray, uv_2NHW: np.ndarray, turn_N: np.ndarray
-    ) -> None:
+    def _draw_thing(self, shot: ShotTruth, y_NHW: np.ndarray, uv_2NHW: np.ndarray, turn_N: np.ndarray) -> None:
         """Moves the thing over the frames, faster and further with speed."""
         thing = THINGS[shot.thing]
         radius = self.height * {"wide": 0.10, "medium": 0.13, "close": 0.12}[shot.size]

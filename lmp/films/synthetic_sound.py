@@ -71,8 +71,6 @@ class Mixer:
         pitch, formant = PEOPLE[str(shot.speaker)].voice
         pitch *= self.tuning * (1 + 0.15 * (shot.speed - 0.5))
         phase = 2 * math.pi * pitch * t + 1.5 * np.sin(2 * math.pi * 2.3 * t + self.rng.uniform(0, 6))
-        harmonics = sum(
-            np.sin(n * phase) * math.exp(-(((n * pitch - formant) / 500) ** 2)) for n in range(1, 13)
-        )
+        harmonics = sum(np.sin(n * phase) * math.exp(-(((n * pitch - formant) / 500) ** 2)) for n in range(1, 13))
         syllables = np.sin(math.pi * (3.5 + 3 * shot.speed) * t) ** 2
         return (0.5 * np.sin(phase) + harmonics) * syllables

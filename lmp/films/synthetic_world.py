@@ -77,9 +77,7 @@ PLACES: dict[str, Place] = {
         (300, 2.0, 0.7, 95),
         "street traffic corner pavement",
     ),
-    "desert": _place(
-        (232, 196, 110), (204, 140, 74), (1.3, 46, 50, 0.5), (700, 1.6, 0.3, 0), "desert sand dunes sun"
-    ),
+    "desert": _place((232, 196, 110), (204, 140, 74), (1.3, 46, 50, 0.5), (700, 1.6, 0.3, 0), "desert sand dunes sun"),
     "harbour": _place(
         (96, 160, 196), (40, 90, 130), (1.57, 12, 26, 0.6), (480, 1.8, 0.5, 0), "harbour boats tide pier"
     ),
@@ -93,9 +91,7 @@ PLACES: dict[str, Place] = {
     "church": _place(
         (150, 110, 150), (90, 62, 104), (0.0, 38, 34, 0.7), (260, 0.8, 0.4, 392), "church altar choir bells"
     ),
-    "cave": _place(
-        (124, 84, 58), (66, 48, 40), (0.8, 22, 14, 0.2), (180, 1.0, 0.9, 60), "cave rocks echo torches"
-    ),
+    "cave": _place((124, 84, 58), (66, 48, 40), (0.8, 22, 14, 0.2), (180, 1.0, 0.9, 60), "cave rocks echo torches"),
     "station": _place(
         (150, 160, 120),
         (100, 96, 76),

@@ -54,9 +54,7 @@ class Segments:
         return sum(self.lengths)
 
 
-def attention(
-    q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segments, k_segments: Segments
-) -> Tensor:
+def attention(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segments, k_segments: Segments) -> Tensor:
     """Softmax attention in which segment s of the queries sees exactly segment s of the keys (`sdpa`).
 
     Args:
@@ -90,9 +88,7 @@ def attention(
 
 def _dense(q_SLHC: Tensor, k_SLHC: Tensor, v_SLHC: Tensor) -> Tensor:
     """[S, Lq, H, C], [S, Lk, H, C] x 2 -> [S, Lq, H, C]."""
-    out_SHLC = F.scaled_dot_product_attention(
-        q_SLHC.transpose(1, 2), k_SLHC.transpose(1, 2), v_SLHC.transpose(1, 2)
-    )
+    out_SHLC = F.scaled_dot_product_attention(q_SLHC.transpose(1, 2), k_SLHC.transpose(1, 2), v_SLHC.transpose(1, 2))
     return out_SHLC.transpose(1, 2)
 
 
@@ -101,9 +97,7 @@ def _check(q_THC: Tensor, k_THC: Tensor, q_segments: Segments, k_segments: Segme
         if tensor.shape[0] != segments.total:
             raise ValueError(f"{name}: {tensor.shape[0]} tokens, but their segments hold {segments.total}")
     if len(q_segments.lengths) != len(k_segments.lengths):
-        raise ValueError(
-            f"queries have {len(q_segments.lengths)} segments, but keys have {len(k_segments.lengths)}"
-        )
+        raise ValueError(f"queries have {len(q_segments.lengths)} segments, but keys have {len(k_segments.lengths)}")
 
 
 def sinusoid(value_P: Tensor, width: int, *, base: float = 10000.0) -> Tensor:

@@ -73,9 +73,7 @@ class LmpConfig(PretrainedConfig):
         self.modalities = _ordered(modalities, modality_order)
         self.modality_order = list(self.modalities)
         self.target = target
-        self.sources = (
-            [name for name in self.modalities if name != target] if sources is None else list(sources)
-        )
+        self.sources = [name for name in self.modalities if name != target] if sources is None else list(sources)
         self.width = width
         self.heads = heads
         self.mlp_ratio = mlp_ratio
@@ -102,14 +100,10 @@ class LmpConfig(PretrainedConfig):
         return layers[modality] if isinstance(layers, dict) else layers
 
 
-def _ordered(
-    modalities: Mapping[str, Mapping[str, int]], order: Sequence[str] | None
-) -> dict[str, dict[str, int]]:
+def _ordered(modalities: Mapping[str, Mapping[str, int]], order: Sequence[str] | None) -> dict[str, dict[str, int]]:
     names = list(modalities) if order is None else list(order)
     if sorted(names) != sorted(modalities):
-        raise ValueError(
-            f"LmpConfig: modality_order {names} must name each of modalities {sorted(modalities)} once"
-        )
+        raise ValueError(f"LmpConfig: modality_order {names} must name each of modalities {sorted(modalities)} once")
     return {name: dict(modalities[name]) for name in names}
 
 
@@ -134,13 +128,10 @@ def _modality_faults(config: LmpConfig) -> list[str]:
         faults.append(f"sources {config.sources} hold a name twice")
     if not config.sources:
         faults.append(
-            f"no sources to reconstruct target {config.target!r} from: "
-            "add a second modality, or name the sources"
+            f"no sources to reconstruct target {config.target!r} from: add a second modality, or name the sources"
         )
     if isinstance(config.contextual_layers, dict) and set(config.contextual_layers) != set(known):
-        faults.append(
-            f"contextual_layers name {sorted(config.contextual_layers)}: name each of {sorted(known)}"
-        )
+        faults.append(f"contextual_layers name {sorted(config.contextual_layers)}: name each of {sorted(known)}")
     return faults
 
 

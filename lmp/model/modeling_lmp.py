@@ -92,9 +92,7 @@ class ModalityEmbedding(nn.Module):
         self.modality = nn.Parameter(torch.empty(config.width))
         self.tokens = nn.Embedding(shape["tokens"], config.width) if shape["tokens"] > 1 else None
 
-    def forward(
-        self, feature_PKI: Tensor, valid_P: Tensor, masked_P: Tensor, position_PD: Tensor | None
-    ) -> Tensor:
+    def forward(self, feature_PKI: Tensor, valid_P: Tensor, masked_P: Tensor, position_PD: Tensor | None) -> Tensor:
         """[P, K, I] -> [P, K, D]; features that are not seen reach neither the output nor a gradient."""
         valid_P11, seen_P11 = valid_P[:, None, None], (valid_P & ~masked_P)[:, None, None]
         feature_PKI = hide(feature_PKI, seen_P11).to(self.projection.weight.dtype)
@@ -284,13 +282,9 @@ class LmpModel(LmpPreTrainedModel):
         super().__init__(config)
         names = list(config.modalities)
         self.attention: Attend = attention
-        self.positions = (
-            LearnedPositions(config.max_positions, config.width) if config.positions == "learned" else None
-        )
+        self.positions = LearnedPositions(config.max_positions, config.width) if config.positions == "learned" else None
         self.embeddings = nn.ModuleDict({name: ModalityEmbedding(config, name) for name in names})
-        self.contextual = nn.ModuleDict(
-            {name: ContextualTransformer(config, config.layers_of(name)) for name in names}
-        )
+        self.contextual = nn.ModuleDict({name: ContextualTransformer(config, config.layers_of(name)) for name in names})
         self.cross = CrossTransformer(config)
         self.post_init()
 
@@ -326,9 +320,7 @@ class LmpModel(LmpPreTrainedModel):
         shape = next(iter(features.values())).shape[:-2]
         if len(shape) == 2:
             if lengths is not None:
-                raise ValueError(
-                    "lengths describe packed rows [P, ...]; a dense batch [B, S, ...] has its own"
-                )
+                raise ValueError("lengths describe packed rows [P, ...]; a dense batch [B, S, ...] has its own")
             lengths = (shape[1],) * shape[0]
         lengths = tuple(lengths) if lengths is not None else tuple(shape)
         device = next(iter(features.values())).device
@@ -346,9 +338,7 @@ class LmpModel(LmpPreTrainedModel):
         contextual = {}
         for name, spec in self.config.modalities.items():
             feature_PKI = features[name].flatten(0, -3)
-            token_PKD = self.embeddings[name](
-                feature_PKI, valid[name].flatten(), masked[name].flatten(), position_PD
-            )
+            token_PKD = self.embeddings[name](feature_PKI, valid[name].flatten(), masked[name].flatten(), position_PD)
             contextual[name] = self.contextual[name](token_PKD, *layout(spec["tokens"]), self.attention)
         source_PND = torch.cat([contextual[name] for name in self.config.sources], dim=1)
         query, source = layout(self.cross.target_tokens), layout(source_PND.shape[1])
@@ -364,9 +354,7 @@ class LmpModel(LmpPreTrainedModel):
     ) -> Tensor:
         if positions is not None:
             if positions.shape != shape:
-                raise ValueError(
-                    f"positions have shape {tuple(positions.shape)}, features have {tuple(shape)}"
-                )
+                raise ValueError(f"positions have shape {tuple(positions.shape)}, features have {tuple(shape)}")
             return positions.flatten()
         if sum(lengths) != shape.numel():
             raise ValueError(
@@ -468,9 +456,7 @@ def complete_inputs(
         raise ValueError(f"features are empty: give at least one of {list(config.modalities)}")
     for what, tensors in (("features", features), ("valid", valid or {}), ("masked", masked or {})):
         if unknown := [name for name in tensors if name not in config.modalities]:
-            raise ValueError(
-                f"{what} of unknown modalities {unknown}: the model has {list(config.modalities)}"
-            )
+            raise ValueError(f"{what} of unknown modalities {unknown}: the model has {list(config.modalities)}")
     like = next(iter(features.values()))
     shape = like.shape[:-2]
     if len(shape) not in (1, 2):

@@ -31,9 +31,7 @@ class Alignment:
         counts = [(seen[one] & seen[other]).double().sum() for one, other in combinations(seen, 2)]
         return torch.stack([batch.film_P.new_zeros((), dtype=torch.float64), *counts]).sum()
 
-    def __call__(
-        self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False
-    ) -> Term:
+    def __call__(self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False) -> Term:
         """The loss of this slice; see Objective."""
         pack = PackView.of(batch, gather)
         scale = output.scale["alignment"]

@@ -95,9 +95,7 @@ class Objective(Protocol):
     def count(self, batch: ObjectiveBatch, gather: Gather) -> Tensor:
         """Rows of the loss in this slice, float64 scalar: equals Term.count, but needs no model output."""
 
-    def __call__(
-        self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False
-    ) -> Term:
+    def __call__(self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False) -> Term:
         """The loss of this slice. `rivals` adds the metrics of cheap rivals, where the objective has some."""
 
 

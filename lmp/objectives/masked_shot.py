@@ -27,14 +27,10 @@ class MaskedShot:
 
     def count(self, batch: ObjectiveBatch, gather: Gather) -> Tensor:
         """Masked tokens of all modalities in this slice."""
-        counts = [
-            batch.masked[name].double().sum() * x_PKD.shape[1] for name, x_PKD in batch.features.items()
-        ]
+        counts = [batch.masked[name].double().sum() * x_PKD.shape[1] for name, x_PKD in batch.features.items()]
         return torch.stack(counts).sum()
 
-    def __call__(
-        self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False
-    ) -> Term:
+    def __call__(self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False) -> Term:
         """The loss of this slice; see Objective."""
         pack = PackView.of(batch, gather)
         tally = Tally(output.scale["masked"], *output.predicted.values(), *output.target.values())

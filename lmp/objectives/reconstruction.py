@@ -32,9 +32,7 @@ class Reconstruction:
         """Rows of this slice."""
         return self._rows(batch).double().sum() * batch.features[self.target].shape[1]
 
-    def __call__(
-        self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False
-    ) -> Term:
+    def __call__(self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False) -> Term:
         """The loss of this slice; see Objective."""
         pack = PackView.of(batch, gather)
         scale = output.scale["reconstruction"]

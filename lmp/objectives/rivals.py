@@ -16,9 +16,7 @@ from lmp.objectives.contrastive import at_least_fp32, top1_hits
 
 
 @torch.no_grad()
-def rival_hits(
-    features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tensor, tile: int
-) -> dict[str, Tensor]:
+def rival_hits(features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tensor, tile: int) -> dict[str, Tensor]:
     """Whether each rival chooses the right candidate; a rival with nothing to go by in the segment misses.
 
     Args:

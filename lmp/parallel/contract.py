@@ -45,11 +45,16 @@ def share_of_loss(totals: Sequence[Tensor], weights: Sequence[float], counts: Te
         world_size: number of ranks over which DeepSpeed averages gradients.
     """
     factors = torch.where(counts > 0, world_size / counts.clamp(min=1), torch.zeros_like(counts))
-    shares = [total * (weight * factor).to(total.dtype) for total, weight, factor in zip(totals, weights, factors, strict=True)]
+    shares = [
+        total * (weight * factor).to(total.dtype)
+        for total, weight, factor in zip(totals, weights, factors, strict=True)
+    ]
     return torch.stack(shares).sum()
 
 
-def reduce_metrics(local: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str], device: torch.device) -> dict[str, float]:
+def reduce_metrics(
+    local: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str], device: torch.device
+) -> dict[str, float]:
     """Exact means over all ranks of metrics given as (sum, count).
 
     Args:
@@ -61,7 +66,10 @@ def reduce_metrics(local: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[s
         the means by name; metrics without any row are left out.
     """
     zero = torch.zeros((), dtype=torch.float64)
-    pairs = [torch.stack([part.detach().to("cpu", torch.float64) for part in local.get(name, (zero, zero))]) for name in names]
+    pairs = [
+        torch.stack([part.detach().to("cpu", torch.float64) for part in local.get(name, (zero, zero))])
+        for name in names
+    ]
     if not pairs:
         return {}
     table = all_sum(torch.stack(pairs).to(device))

@@ -89,7 +89,13 @@ def _check_environment() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(alone)
     elif missing:
         raise UserError(
@@ -115,5 +121,8 @@ def _start(device: torch.device, timeout: timedelta) -> None:
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="gloo" if device.type == "cpu" else "nccl", timeout=timeout, verbose=False, auto_mpi_discovery=False
+        dist_backend="gloo" if device.type == "cpu" else "nccl",
+        timeout=timeout,
+        verbose=False,
+        auto_mpi_discovery=False,
     )

@@ -24,7 +24,9 @@ class UlyssesAttention:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def __call__(self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segments, k_segments: Segments) -> Tensor:
+    def __call__(
+        self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segments, k_segments: Segments
+    ) -> Tensor:
         q_all = sequence_to_heads(q_THC, self.group)
         # Keys and values have one shape, so they travel together.
         k_all, v_all = sequence_to_heads(torch.cat([k_THC, v_THC], dim=-1), self.group).chunk(2, dim=-1)

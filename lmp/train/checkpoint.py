@@ -197,10 +197,16 @@ def load_trained(run: Path, *, step: int | None = None, require_finished: bool =
 
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
-        raise UserError(f"{run}: is not a run folder (no config.yaml)", remedy="give the folder named by `lmp train --run`")
+        raise UserError(
+            f"{run}: is not a run folder (no config.yaml)",
+            remedy="give the folder named by `lmp train --run`",
+        )
     finished = folder.finished_step()
     if require_finished and finished is None:
-        raise UserError(f"{run}: the run is not finished", remedy="start it again to finish it, or pass --allow-unfinished")
+        raise UserError(
+            f"{run}: the run is not finished",
+            remedy="start it again to finish it, or pass --allow-unfinished",
+        )
     if step is None:
         path, passed_over = newest_valid(folder)
     else:

@@ -38,7 +38,10 @@ class Engine:
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip_without_zero)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model.to(mesh.device), optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
+            model=model.to(mesh.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
         )
 
     @property

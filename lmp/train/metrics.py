@@ -7,7 +7,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lmp.train.run_folder import RunFolder
 
@@ -60,9 +67,7 @@ class Recorder:
         for name, value in facts.items():
             if name != "step":
                 self._events.add_scalar(name, value, facts["step"])
-        self._bar.update(
-            self._task, completed=facts["step"], loss=facts["loss"], rate=facts["shots_per_second"]
-        )
+        self._bar.update(self._task, completed=facts["step"], loss=facts["loss"], rate=facts["shots_per_second"])
 
     def __enter__(self) -> Recorder:
         return self

@@ -1,14 +1,14 @@
 """The run folder, the unit of truth of a run.
 
-    config.yaml     the resolved configuration of the newest start
-    code.json       version and commit of the code, versions of what it stands on
-    ledger.jsonl    one line for each start, stop and failure
-    metrics.jsonl   one line for each step
-    tensorboard/    the same as events
-    logs/           one file for each rank
-    checkpoints/    step-00000120/ ...
-    DONE            appears when the run is finished
-    STOP            put there by a user: save and stop
+config.yaml     the resolved configuration of the newest start
+code.json       version and commit of the code, versions of what it stands on
+ledger.jsonl    one line for each start, stop and failure
+metrics.jsonl   one line for each step
+tensorboard/    the same as events
+logs/           one file for each rank
+checkpoints/    step-00000120/ ...
+DONE            appears when the run is finished
+STOP            put there by a user: save and stop
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ import lmp
 from lmp.config import Config
 from lmp.errors import UserError
 
-FIXED = ("seed", "data.pack_shots", "data.packs_per_step", "data.window_shots", "model", "objectives.masked_shot")
+FIXED = (
+    "seed",
+    "data.pack_shots",
+    "data.packs_per_step",
+    "data.window_shots",
+    "model",
+    "objectives.masked_shot",
+)
 """What a resumed run may not change: it decides which shots and masks a step has, or the shape of the weights."""
 
 
@@ -64,7 +71,11 @@ class RunFolder:
             return
         before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         now = config.model_dump(mode="json")
-        changed = [f"{key} was {_at(before, key)!r}, is {_at(now, key)!r}" for key in FIXED if _at(before, key) != _at(now, key)]
+        changed = [
+            f"{key} was {_at(before, key)!r}, is {_at(now, key)!r}"
+            for key in FIXED
+            if _at(before, key) != _at(now, key)
+        ]
         if changed:
             raise UserError(
                 f"{self.path}: holds a run of another configuration: " + "; ".join(changed),
@@ -79,7 +90,12 @@ class RunFolder:
 
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to the ledger."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "host": platform.node(), **facts}
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "event": event,
+            "host": platform.node(),
+            **facts,
+        }
         with self.ledger.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -67,7 +67,8 @@ def accumulate(
     views = [objective_batch(pack, batch, config) for pack in packs]
     # The normaliser needs masks and valid bits only, so it is known before the first backward.
     counts = global_counts(
-        [torch.stack([objective.count(view, gather) for objective in objectives]) for view in views], mesh.device
+        [torch.stack([objective.count(view, gather) for objective in objectives]) for view in views],
+        mesh.device,
     )
     weights = [objective.weight for objective in objectives]
     sums = Sums()
@@ -88,9 +89,11 @@ def accumulate(
                 sums.add(f"{objective.name}/{name}", total, count)
     means = reduce_metrics(sums.parts, list(sums.parts), mesh.device)
     losses = [means.get(f"loss/{objective.name}", 0.0) for objective in objectives]
-    loss = math.fsum(weight * value for weight, value in zip(weights, losses, strict=True)) if all(
-        math.isfinite(value) for value in losses
-    ) else math.nan
+    loss = (
+        math.fsum(weight * value for weight, value in zip(weights, losses, strict=True))
+        if all(math.isfinite(value) for value in losses)
+        else math.nan
+    )
     return Losses(loss=loss, means=means)
 
 

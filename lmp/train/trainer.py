@@ -156,7 +156,9 @@ class _Run:
             )
             if health.bad:
                 raise RuntimeError(self._non_finite("gradient", step, batch))
-            recorder.step(self._facts(step, batch, losses, full, lr, norm, began - waited, seconds, health.slowest_rank))
+            recorder.step(
+                self._facts(step, batch, losses, full, lr, norm, began - waited, seconds, health.slowest_rank)
+            )
             every = config.checkpoint.every_steps
             if health.stop or health.save or step == steps or (every and step % every == 0):
                 checkpoint.save(self.folder, self.engine, progress, self._manifest(), keep=config.checkpoint.keep)
@@ -169,9 +171,7 @@ class _Run:
                 return Outcome(step=step, finished=False, reason=reason)
 
     def _restore(self) -> Progress:
-        path, passed_over = checkpoint.newest_valid(
-            self.folder, rank=self.mesh.rank, world_size=self.mesh.world_size
-        )
+        path, passed_over = checkpoint.newest_valid(self.folder, rank=self.mesh.rank, world_size=self.mesh.world_size)
         if self.mesh.main:
             for fault in passed_over:
                 print(f"passed over: {fault}", flush=True)

@@ -92,7 +92,7 @@ def _import_partitioned(engine: Engine, read: Callable[[str], State]) -> None:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 parameter.data.copy_(weight)
-        cut = math.ceil(parameter.ds_numel / size)
+        cut = math.ceil(getattr(parameter, "ds_numel") / size)
 
         def own(whole: Tensor, cut: int = cut) -> Tensor:
             return F.pad(whole.flatten(), (0, cut * size - whole.numel()))[rank * cut : (rank + 1) * cut]
@@ -113,7 +113,11 @@ def _allocate_moments(engine: Engine, step: int) -> None:
 
 
 def _flat_partitions(engine: Engine) -> list[nn.Parameter]:
-    attributes = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    attributes = (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    )
     return next(getattr(engine.optimizer, name) for name in attributes if hasattr(engine.optimizer, name))
 
 

@@ -94,9 +94,7 @@ def test_short_reads_are_completed(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(rows.features["video"], films[21].features["video"])
 
 
-def test_threads_share_few_descriptors(
-    folder: Path, films: list[FilmRecord], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_share_few_descriptors(folder: Path, films: list[FilmRecord], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_MAX_OPEN", 2)
     index = FilmIndex.load(folder)
     before = open_descriptors()
@@ -159,9 +157,7 @@ def test_a_shard_of_another_size_is_refused(copy: Path) -> None:
     shard = copy / "films-000001.tar"
     size = shard.stat().st_size
     os.truncate(shard, size - 512)
-    with pytest.raises(
-        UserError, match=rf"films-000001\.tar has {size - 512} bytes, its manifest says {size}"
-    ):
+    with pytest.raises(UserError, match=rf"films-000001\.tar has {size - 512} bytes, its manifest says {size}"):
         FilmIndex.load(copy)
 
 
@@ -176,9 +172,7 @@ def test_a_shard_of_another_size_is_refused(copy: Path) -> None:
         (lambda text: text.replace('"films": 4', '"films": 3', 1), "does not match its own digest"),
     ],
 )
-def test_a_damaged_or_foreign_manifest_is_refused(
-    copy: Path, damage: Callable[[str], str], message: str
-) -> None:
+def test_a_damaged_or_foreign_manifest_is_refused(copy: Path, damage: Callable[[str], str], message: str) -> None:
     path = copy / "manifest.json"
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=message):
@@ -227,9 +221,7 @@ def test_verify_sees_bits_outside_any_feature(copy: Path) -> None:
 
 def test_verify_names_every_film_that_a_cut_shard_lost(copy: Path, films: list[FilmRecord]) -> None:
     shard = copy / "films-000001.tar"
-    os.truncate(
-        shard, place(copy, 1, 2, "video")
-    )  # film-04 and film-05 are whole, film-06 is cut, film-07 gone
+    os.truncate(shard, place(copy, 1, 2, "video"))  # film-04 and film-05 are whole, film-06 is cut, film-07 gone
     (copy / "films-000003.tar").unlink()
     faults = FilmIndex.load(copy, check_sizes=False).verify()
     assert "films-000001.tar has" in faults[0]

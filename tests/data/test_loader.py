@@ -109,8 +109,7 @@ def test_packs_hold_what_the_plan_says(index: FilmIndex, films: list[FilmRecord]
 @pytest.mark.parametrize("sp", [1, 2, 4])
 def test_all_ranks_together_see_the_stream_of_one(index: FilmIndex, dp: int, sp: int) -> None:
     ranks = [
-        [take(index, 12, dp_rank=d, dp_size=dp, sp_rank=s, sp_size=sp, threads=2) for s in range(sp)]
-        for d in range(dp)
+        [take(index, 12, dp_rank=d, dp_size=dp, sp_rank=s, sp_size=sp, threads=2) for s in range(sp)] for d in range(dp)
     ]
     assert {len(step.packs) for streams in ranks for steps in streams for step in steps} == {4 // dp}
     assert {p.film_P.shape for streams in ranks for p in streams[0][0].packs} == {(16 // sp,)}
@@ -191,9 +190,7 @@ def test_a_slice_reads_its_own_rows_only(index: FilmIndex, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_an_error_while_reading_reaches_the_trainer_at_its_step(
-    folder: Path, tmp_path: Path, threads: int
-) -> None:
+def test_an_error_while_reading_reaches_the_trainer_at_its_step(folder: Path, tmp_path: Path, threads: int) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     index = FilmIndex.load(copy)
     epoch_plan = plan(index.shots, SETTINGS, 0)
@@ -245,9 +242,7 @@ loader = loading.PackLoader(FilmIndex.load(Path({str(folder)!r})), settings, thr
 next(loader)
 raise SystemExit(3)
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 3, ended.stderr
 
 

@@ -64,9 +64,7 @@ def test_a_plan_is_a_pure_function(corpus: tuple[np.ndarray, PlanSettings, int],
 
 @settings(max_examples=100, deadline=None)
 @given(corpora(), st.sampled_from([1, 2, 4, 8]))
-def test_deal_gives_every_slot_once_and_equally_many(
-    corpus: tuple[np.ndarray, PlanSettings, int], ranks: int
-) -> None:
+def test_deal_gives_every_slot_once_and_equally_many(corpus: tuple[np.ndarray, PlanSettings, int], ranks: int) -> None:
     shots, options, epoch = corpus
     packs = plan(shots, options, epoch).packs(0) * ranks
     dealt = deal(packs, ranks)

@@ -66,9 +66,7 @@ def test_manifest_counts_what_was_written(folder: Path, films: list[FilmRecord])
     for shard in manifest["shards"]:
         data = (folder / shard["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
-    assert set(hashes(folder)) == {"manifest.json"} | {
-        n for s in manifest["shards"] for n in (s["name"], s["index"])
-    }
+    assert set(hashes(folder)) == {"manifest.json"} | {n for s in manifest["shards"] for n in (s["name"], s["index"])}
 
 
 def test_rows_that_are_not_finite_are_cleared_and_counted(tmp_path: Path, film: Make) -> None:
@@ -182,9 +180,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path, film: Make) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fails_leaves_nothing_behind(
-    tmp_path: Path, film: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_leaves_nothing_behind(tmp_path: Path, film: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -230,9 +226,7 @@ def test_shards_of_others_are_not_written_over(tmp_path: Path, film: Make) -> No
     assert (tmp_path / "films-000000.tar").read_bytes() == b"mine"
 
 
-def test_two_writers_do_not_share_a_folder_and_leftovers_of_a_killed_one_go(
-    tmp_path: Path, film: Make
-) -> None:
+def test_two_writers_do_not_share_a_folder_and_leftovers_of_a_killed_one_go(tmp_path: Path, film: Make) -> None:
     folder = tmp_path / "s"
     (folder / ".lmp-writing").mkdir(parents=True)
     (folder / ".lmp-writing" / "films-000000.tar").write_bytes(b"cut")

@@ -21,9 +21,7 @@ PLACES = ("attic", "beach", "cave", "den")
 SHOT_MS = 1000
 
 
-def write_films(
-    folder: Path, *, films: int, shots: int, seed: int, prefix: str, labels: Path | None = None
-) -> Path:
+def write_films(folder: Path, *, films: int, shots: int, seed: int, prefix: str, labels: Path | None = None) -> Path:
     """Films whose place (runs of five shots) and own content drive every modality; text is often missing."""
     random = np.random.default_rng(seed)
     bases = np.random.default_rng(99)
@@ -59,9 +57,7 @@ def write_films(
                 ]
                 genre = "comedy" if film % 2 else "drama"
                 labels.mkdir(exist_ok=True, parents=True)
-                (labels / f"{key}.labels.json").write_text(
-                    json.dumps({"film": {"genre": genre}, "shots": shots_json})
-                )
+                (labels / f"{key}.labels.json").write_text(json.dumps({"film": {"genre": genre}, "shots": shots_json}))
     return folder
 
 
@@ -116,9 +112,7 @@ class KnownModel(nn.Module):
         self.config, self.answer = config, answer
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, features: dict[str, Tensor], valid: dict[str, Tensor], **_: object
-    ) -> LmpPretrainingOutput:
+    def forward(self, features: dict[str, Tensor], valid: dict[str, Tensor], **_: object) -> LmpPretrainingOutput:
         truth = {name: normalize(x.float(), dim=-1) for name, x in features.items()}
         said = {name: self.answer(x) for name, x in truth.items()}
         wide = nn.functional.pad(truth["video"], (0, 4))

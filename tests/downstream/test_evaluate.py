@@ -67,8 +67,7 @@ def test_an_untrained_model_fails_its_verdicts(result: EvaluationResult) -> None
 def test_the_report_holds_the_figures(result: EvaluationResult, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     lines = [
-        {"step": s, "epoch": 0, "loss": 9.0 - s, "loss/masked_shot": 3.0, "chance/masked_shot": 4.0}
-        for s in range(4)
+        {"step": s, "epoch": 0, "loss": 9.0 - s, "loss/masked_shot": 3.0, "chance/masked_shot": 4.0} for s in range(4)
     ]
     metrics.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
     out = tmp_path / "report"
@@ -81,8 +80,7 @@ def test_the_report_holds_the_figures(result: EvaluationResult, tmp_path: Path) 
         "probes.png",
     }
     assert all(
-        (out / name).read_bytes().startswith(b"\x89PNG")
-        for name in ("losses.png", "retrieval.png", "probes.png")
+        (out / name).read_bytes().startswith(b"\x89PNG") for name in ("losses.png", "retrieval.png", "probes.png")
     )
     text = path.read_text()
     for name, table in result.masked_shot.items():
@@ -101,9 +99,7 @@ def test_the_report_holds_the_figures(result: EvaluationResult, tmp_path: Path) 
     assert [one["name"] for one in stored["verdicts"]] == [one.name for one in verdicts(result)]
 
 
-def test_a_report_without_labels_or_metrics(
-    held: FilmIndex, small_model: LmpForPretraining, tmp_path: Path
-) -> None:
+def test_a_report_without_labels_or_metrics(held: FilmIndex, small_model: LmpForPretraining, tmp_path: Path) -> None:
     found = evaluate_model(small_model, held, settings=replace(SETTINGS, seeds=1))
     assert not found.probes
     assert found.cross_modal is not None
@@ -149,9 +145,7 @@ def test_mistakes_are_told_with_a_remedy(
     with pytest.raises(UserError, match="no such folder of labels"):
         evaluate_model(small_model, held, labels=tmp_path / "nowhere")
     shapes = config.modalities | {"video": {"tokens": 1, "width": 5}}
-    other = LmpForPretraining(
-        LmpConfig(modalities=shapes, width=8, heads=1, contextual_layers=0, cross_layers=1)
-    )
+    other = LmpForPretraining(LmpConfig(modalities=shapes, width=8, heads=1, contextual_layers=0, cross_layers=1))
     with pytest.raises(UserError, match=r"video \[1, 5\].*\[1, 12\]"):
         evaluate_model(other, held)
 
@@ -247,17 +241,11 @@ def test_nothing_measured_is_no_success() -> None:
 
 def test_curves_keep_the_last_line_of_a_step_that_ran_twice(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 2, "loss": 5}\n{"step": 1, "loss": 6}\n{"step": 2, "loss": 4, "note": "x"}\n{"st'
-    )
+    path.write_text('{"step": 2, "loss": 5}\n{"step": 1, "loss": 6}\n{"step": 2, "loss": 4, "note": "x"}\n{"st')
     assert read_metrics(path) == {1: {"step": 1.0, "loss": 6.0}, 2: {"step": 2.0, "loss": 4.0}}
 
 
-def test_a_learned_model_beats_what_it_should(
-    planted: tuple[Path, Path, Path], known_model: Callable
-) -> None:
-    found = evaluate_model(
-        known_model(lambda x: x), FilmIndex.load(planted[0]), settings=replace(SETTINGS, seeds=1)
-    )
+def test_a_learned_model_beats_what_it_should(planted: tuple[Path, Path, Path], known_model: Callable) -> None:
+    found = evaluate_model(known_model(lambda x: x), FilmIndex.load(planted[0]), settings=replace(SETTINGS, seeds=1))
     assert all(one.passed for one in verdicts(found))
     assert torch.tensor([t.rows["model"]["R@1"].mean for t in found.masked_shot.values()]).eq(1).all()

@@ -22,9 +22,7 @@ def planted(shuffled: bool) -> tuple[list[np.ndarray], list[list[str | None]]]:
         label = (x @ weights + [1, 0, 0, 0]).argmax(1)
         label = random.permutation(label) if shuffled else label
         # Scales that only standardising can undo, and a column that says nothing.
-        features.append(
-            np.concatenate([x * np.logspace(-3, 3, 20, dtype=np.float32), np.ones((30, 1), np.float32)], 1)
-        )
+        features.append(np.concatenate([x * np.logspace(-3, 3, 20, dtype=np.float32), np.ones((30, 1), np.float32)], 1))
         labels.append([None if n % 10 == 0 else f"class{c}" for n, c in enumerate(label)])
     return features, labels
 
@@ -69,9 +67,7 @@ def test_a_single_film_cannot_be_split() -> None:
 def test_film_labels_are_read_off_the_mean_over_shots() -> None:
     random = np.random.default_rng(0)
     labels = ["drama" if n % 2 else "comedy" for n in range(30)]
-    features = [
-        random.standard_normal((12, 3)).astype(np.float32) + (2 if name == "drama" else 0) for name in labels
-    ]
+    features = [random.standard_normal((12, 3)).astype(np.float32) + (2 if name == "drama" else 0) for name in labels]
     items = film_items([*labels[:-1], None])
     splits = draw_splits(items, seeds=2)
     table = probe_table(items, splits, [probe(items, split, {"model": features}) for split in splits])
@@ -104,9 +100,7 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     assert read_labels(tmp_path, "other", np.array([[0, 900]])) is None
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"film": {}}', '{"shots": [{"place": "x"}]}', '{"shots": 3}']
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"film": {}}', '{"shots": [{"place": "x"}]}', '{"shots": 3}'])
 def test_a_broken_file_of_labels_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "f.labels.json").write_text(content)
     with pytest.raises(UserError, match=r"f\.labels\.json"):

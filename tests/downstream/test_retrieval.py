@@ -33,9 +33,7 @@ def masked(model: object, index: FilmIndex, seed: int = 0, settings: RetrievalSe
     return masked_shot({"model": model}, index, scaling=scaling, seed=seed, settings=settings)  # type: ignore[dict-item]
 
 
-def test_a_perfect_model_ranks_first_and_a_blind_one_at_chance(
-    held: FilmIndex, known_model: Callable
-) -> None:
+def test_a_perfect_model_ranks_first_and_a_blind_one_at_chance(held: FilmIndex, known_model: Callable) -> None:
     random = torch.Generator().manual_seed(0)
     perfect = masked(known_model(lambda x: x), held)
     blind = masked(known_model(lambda x: torch.randn(x.shape, generator=random)), held)
@@ -49,9 +47,7 @@ def test_a_perfect_model_ranks_first_and_a_blind_one_at_chance(
 def test_the_gallery_is_the_hidden_shots_alone(held: FilmIndex, known_model: Callable) -> None:
     found = masked(known_model(lambda x: x), held)
     for name in MODALITIES:
-        hidden = sum(
-            int(hidden_shots(film, seed=0, settings=SETTINGS)[name].sum()) for film in films(held, MODALITIES)
-        )
+        hidden = sum(int(hidden_shots(film, seed=0, settings=SETTINGS)[name].sum()) for film in films(held, MODALITIES))
         assert {row.gallery for row in found[name].values()} == {hidden}
         assert {row.queries for row in found[name].values()} == {hidden}
         valid = sum(int(film.valid[name].sum()) for film in films(held, MODALITIES))
@@ -158,9 +154,7 @@ def test_copying_finds_twins_across_modalities(twins: FilmIndex) -> None:
 
 def test_copying_and_averaging_on_masked_shots(twins: FilmIndex) -> None:
     scaling = Scaling.of(twins, ("video",))
-    found = masked_shot({}, twins, scaling=scaling, seed=0, settings=RetrievalSettings(mask_ratio=0.1))[
-        "video"
-    ]
+    found = masked_shot({}, twins, scaling=scaling, seed=0, settings=RetrievalSettings(mask_ratio=0.1))["video"]
     # Nearest is the earlier neighbour: a seen twin for odd shots, a stranger for even ones.
     assert 0.35 < found["copy"].recall[1] < 0.65
     assert found["near"].recall[1] > found["chance"].recall[1]
@@ -226,9 +220,7 @@ def test_cross_modal_rivals_ask_the_same_queries(held: FilmIndex, known_model: C
             assert (row.queries, row.gallery) == (metrics.queries, metrics.gallery)
 
 
-def test_a_model_that_knows_only_the_position_is_unmasked(
-    held: FilmIndex, small_model: LmpForPretraining
-) -> None:
+def test_a_model_that_knows_only_the_position_is_unmasked(held: FilmIndex, small_model: LmpForPretraining) -> None:
     class Positional(torch.nn.Module):
         """Answers with the position alone, which both sides share."""
 

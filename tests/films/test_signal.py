@@ -30,10 +30,7 @@ def _shots(seed: int = 0) -> dict[str, list]:
         np.stack([cv2.resize(rng.integers(0, 256, (6, 8, 3), np.uint8), (114, 64)) for _ in range(n)])
         for n in (4, 4, 1)
     ]
-    sounds = [
-        (rng.normal(size=n) * level).astype(np.float32)
-        for n, level in ((48000, 0.1), (16000, 0.01), (100, 0.3))
-    ]
+    sounds = [(rng.normal(size=n) * level).astype(np.float32) for n, level in ((48000, 0.1), (16000, 0.01), (100, 0.3))]
     return {
         "video": pictures,
         "audio": sounds,
@@ -68,9 +65,7 @@ def test_shape_scale_and_independence_of_the_batch(encoders: dict[str, Encoder],
         ("text", [None, "", " \n"]),
     ],
 )
-def test_an_empty_shot_is_not_valid_and_disturbs_no_other(
-    encoders: dict[str, Encoder], name: str, empty: list
-) -> None:
+def test_an_empty_shot_is_not_valid_and_disturbs_no_other(encoders: dict[str, Encoder], name: str, empty: list) -> None:
     shot = _shots()[name][0]
     features, valid = encoders[name].encode([shot, *empty])
     assert valid.tolist() == [True] + [False] * len(empty)
@@ -138,9 +133,7 @@ def test_features_are_the_same_in_another_process(encoders: dict[str, Encoder]) 
         "print(f.double().flatten().tolist())"
     )
     root = Path(__file__).parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     mine = encoders["text"].encode(["Où est le café?"])[0]
     assert json.loads(out) == mine.double().flatten().tolist()
 
@@ -155,9 +148,7 @@ def test_describe_is_json_and_true(encoders: dict[str, Encoder]) -> None:
 
 
 def test_kinds_are_told_from_the_modality_or_said() -> None:
-    built = build_encoders(
-        {"audio": "signal", "music": "signal-sound", "plot": "words:signal", "video": "signal"}
-    )
+    built = build_encoders({"audio": "signal", "music": "signal-sound", "plot": "words:signal", "video": "signal"})
     assert [e.kind for e in built.values()] == ["sound", "sound", "words", "picture"]
     assert list(built) == ["audio", "music", "plot", "video"]
 

@@ -17,9 +17,7 @@ WANTED = (Line(1000, 2500, "Où est le café ?"), Line(4000, 5000, "Ici."))
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
 def test_every_encoding_gives_the_same_lines(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "film.srt"
-    many = SRT + "".join(
-        f"\n{i}\n00:01:{i:02},000 --> 00:01:{i:02},500\nNothing else.\n" for i in range(3, 60)
-    )
+    many = SRT + "".join(f"\n{i}\n00:01:{i:02},000 --> 00:01:{i:02},500\nNothing else.\n" for i in range(3, 60))
     path.write_bytes(many.encode(encoding))
     subtitles = read_subtitles(path)
     assert subtitles.lines[:2] == WANTED
@@ -31,9 +29,7 @@ def test_a_cyrillic_file_is_guessed(tmp_path: Path) -> None:
     said = "Здравствуйте, товарищ. Сегодня прекрасная погода, не правда ли?"
     path = tmp_path / "film.srt"
     path.write_bytes(
-        "".join(f"{i}\n00:00:{i:02},0 --> 00:00:{i:02},900\n{said}\n\n" for i in range(1, 40)).encode(
-            "cp1251"
-        )
+        "".join(f"{i}\n00:00:{i:02},0 --> 00:00:{i:02},900\n{said}\n\n" for i in range(1, 40)).encode("cp1251")
     )
     assert read_subtitles(path).lines[0].text == said
 

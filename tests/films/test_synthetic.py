@@ -62,9 +62,7 @@ def test_labels_tile_the_film(made: tuple[Path, FilmTruth]) -> None:
     assert shots[-1]["end_ms"] == round(truth.frames * 1000 / SMALL.fps)
     assert all(one["end_ms"] == other["start_ms"] for one, other in pairwise(shots))
     assert all(650 <= shot["end_ms"] - shot["start_ms"] <= 2100 for shot in shots)
-    assert [round(cut * 1000 / SMALL.fps) for cut in labels["cuts_frames"]] == [
-        s["start_ms"] for s in shots[1:]
-    ]
+    assert [round(cut * 1000 / SMALL.fps) for cut in labels["cuts_frames"]] == [s["start_ms"] for s in shots[1:]]
     assert [shot["act"] for shot in shots] == sorted(shot["act"] for shot in shots)
     assert {shot["act"] for shot in shots} == {1, 2, 3}
     assert all(shot["people"] and shot["mood"] for shot in shots)
@@ -78,9 +76,7 @@ def test_subtitles_lie_in_the_shot_that_speaks(made: tuple[Path, FilmTruth]) -> 
     assert [line.text for line in lines] == [shot.line for shot in speaking]
     assert 0.3 * SMALL.shots < len(lines) < 0.9 * SMALL.shots
     for line, shot in zip(lines, speaking, strict=True):
-        assert (
-            shot.start_frame * 1000 / truth.fps <= line.start < line.end <= shot.end_frame * 1000 / truth.fps
-        )
+        assert shot.start_frame * 1000 / truth.fps <= line.start < line.end <= shot.end_frame * 1000 / truth.fps
 
 
 @pytest.mark.parametrize("name", ["ContentDetector", "AdaptiveDetector"])
@@ -103,11 +99,7 @@ def test_picture_of_a_shot_looks_like_the_one_two_away(made: tuple[Path, FilmTru
     colours = [frames[middle] for middle in middles]
     scenes = [shot.scene for shot in truth.shots]
     near, two_away = (
-        [
-            abs(colours[i] - colours[i + k]).mean()
-            for i in range(len(scenes) - k)
-            if scenes[i] == scenes[i + k]
-        ]
+        [abs(colours[i] - colours[i + k]).mean() for i in range(len(scenes) - k) if scenes[i] == scenes[i + k]]
         for k in (1, 2)
     )
     assert sum(near) / len(near) > 2 * sum(two_away) / len(two_away)

@@ -30,9 +30,7 @@ def _seed() -> None:
 def _save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False)
     tokenizer.train_from_iterator(SAID * 4, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
@@ -120,9 +118,7 @@ def test_words(tmp_path: Path, family: str) -> None:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     model = model.get_encoder() if family == "bart" else model
     with torch.no_grad():
-        wanted = model(
-            **tokenizer(SAID[0], return_tensors="pt", return_token_type_ids=False)
-        ).last_hidden_state.mean(1)
+        wanted = model(**tokenizer(SAID[0], return_tensors="pt", return_token_type_ids=False)).last_hidden_state.mean(1)
     torch.testing.assert_close(features[0], wanted)
 
 

@@ -40,9 +40,7 @@ ONE = {"tokens": 1, "width": 4}
         ({"mlp_ratio": 0}, "mlp_ratio"),
     ],
 )
-def test_contradictions_are_refused(
-    make_config: Callable[..., LmpConfig], changes: dict[str, Any], said: str
-) -> None:
+def test_contradictions_are_refused(make_config: Callable[..., LmpConfig], changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make_config(**changes)
 

@@ -98,9 +98,7 @@ def test_segments_of_any_length_do_not_see_each_other(lengths: list[int], seed: 
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_dense_batch_equals_its_packed_form(
-    make_model: MakeModel, make_input: MakeInput, positions: str
-) -> None:
+def test_a_dense_batch_equals_its_packed_form(make_model: MakeModel, make_input: MakeInput, positions: str) -> None:
     model = make_model(positions=positions)
     inputs = make_input(model.config, 12)
     packed = model(**inputs, lengths=[4, 4, 4])
@@ -202,11 +200,7 @@ def test_the_gradient_through_every_weight_is_not_zero(make_model: MakeModel, ma
     out = flat(model(**make_input(model.config, 8), lengths=[3, 5]))
     sum((x * torch.randn(x.shape, generator=draw)).sum() for x in out.values()).backward()
     # Adding one vector to all keys of a softmax changes nothing, so no bias is listed.
-    still = [
-        name
-        for name, p in model.named_parameters()
-        if not name.endswith("bias") and not p.grad.abs().max() > 0
-    ]
+    still = [name for name, p in model.named_parameters() if not name.endswith("bias") and not p.grad.abs().max() > 0]
     assert still == []
 
 
@@ -229,9 +223,7 @@ def test_modules_run_in_one_order_whatever_is_missing(
     model(**inputs)
     full = list(order)
     order.clear()
-    model(
-        {"text": inputs["features"]["text"]}, {"text": torch.zeros(6, dtype=torch.bool)} if missing else None
-    )
+    model({"text": inputs["features"]["text"]}, {"text": torch.zeros(6, dtype=torch.bool)} if missing else None)
     assert order == full
     # ZeRO-3 gathers a module's parameters when it is called: one that is not called would be empty.
     holders = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -269,9 +261,7 @@ def test_a_share_of_a_pack_with_its_positions(make_model: MakeModel, make_input:
         assert_same(dict(share), part(dict(whole), shots))
 
 
-def test_positions_past_the_table_end_share_its_last_row(
-    make_model: MakeModel, make_input: MakeInput
-) -> None:
+def test_positions_past_the_table_end_share_its_last_row(make_model: MakeModel, make_input: MakeInput) -> None:
     model = make_model(max_positions=4).lmp
     inputs = make_input(model.config, 6)
     past = model(**inputs, positions=torch.tensor([0, 1, 2, 3, 4, 99]))

@@ -19,9 +19,7 @@ def draw(rows: int, candidates: int, width: int, seed: int = 0) -> tuple[Tensor,
     """Query, candidate, positive and scale in float64; the first and last want gradients."""
     generator = torch.Generator().manual_seed(seed)
     query_RE = torch.randn(rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    candidate_GE = torch.randn(
-        candidates, width, generator=generator, dtype=torch.float64, requires_grad=True
-    )
+    candidate_GE = torch.randn(candidates, width, generator=generator, dtype=torch.float64, requires_grad=True)
     positive_R = torch.randint(max(candidates, 1), (rows,), generator=generator)
     scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     return query_RE, candidate_GE, positive_R, scale

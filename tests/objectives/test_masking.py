@@ -14,9 +14,7 @@ from torch import Tensor
 from lmp.objectives.masking import draw_masks
 
 
-def draw(
-    shots: int = 4000, *, film: int = 0, names: tuple[str, ...] = ("video",), **changes: Any
-) -> dict[str, Tensor]:
+def draw(shots: int = 4000, *, film: int = 0, names: tuple[str, ...] = ("video",), **changes: Any) -> dict[str, Tensor]:
     """Masks of the first shots of a film, all valid."""
     keys: dict[str, Any] = {"seed": 1, "epoch": 0, "step": 0, "ratio": 0.3, "span": 1}
     shot_P = torch.arange(shots)
@@ -112,9 +110,7 @@ def test_epoch_and_step_are_not_mixed_up() -> None:
     span=st.integers(1, 4),
     data=st.data(),
 )
-def test_slices_and_packs_do_not_matter(
-    lengths: list[int], seed: int, span: int, data: st.DataObject
-) -> None:
+def test_slices_and_packs_do_not_matter(lengths: list[int], seed: int, span: int, data: st.DataObject) -> None:
     film_P = torch.repeat_interleave(torch.arange(len(lengths)) * 7, torch.tensor(lengths))
     shot_P = torch.cat([torch.arange(5, 5 + length) for length in lengths])
     valid_P = torch.rand(len(film_P), generator=torch.Generator().manual_seed(seed % 2**31)) < 0.8

@@ -126,9 +126,7 @@ def test_the_folder_is_whole(exported: Path) -> None:
 
 
 def test_weights_are_those_of_the_newest_checkpoint_without_heads(exported: Path) -> None:
-    expected = {
-        name: tensor + 0.2 for name, tensor in make_model(positions="time_rope").lmp.state_dict().items()
-    }
+    expected = {name: tensor + 0.2 for name, tensor in make_model(positions="time_rope").lmp.state_dict().items()}
     weights = load_file(exported / "model.safetensors")
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
@@ -188,9 +186,7 @@ def test_with_heads_an_earlier_step_over_an_earlier_export(make_run: MakeRun, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
     assert not (out / "stale.bin").exists()
     weights = load_file(out / "model.safetensors")
-    assert torch.equal(
-        weights["temperatures.masked.log_excess"], make_model().temperatures.masked.log_excess + 0.1
-    )
+    assert torch.equal(weights["temperatures.masked.log_excess"], make_model().temperatures.masked.log_excess + 0.1)
     card = (out / "README.md").read_text()
     assert "license: cc-by-4.0" in card
     assert "| step | 10 (the run was NOT finished) |" in card
@@ -211,16 +207,12 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str)
     return lines[0]
 
 
-def test_an_unfinished_run_is_refused(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unfinished_run_is_refused(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(done=False)
     assert "--allow-unfinished" in refused(capsys, tmp_path)
 
 
-def test_an_existing_folder_is_kept(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_folder_is_kept(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
@@ -228,17 +220,13 @@ def test_an_existing_folder_is_kept(
     assert "exists and is not an export" in refused(capsys, tmp_path, "--overwrite")
 
 
-def test_no_run_and_no_such_step(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_run_and_no_such_step(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "run" in refused(capsys, tmp_path)
     make_run()
     assert "step 99" in refused(capsys, tmp_path, "--step", "99")
 
 
-def test_a_folder_that_cannot_be_made(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_made(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
@@ -265,9 +253,7 @@ def test_wrong_tensors_are_refused(
     assert said in refused(capsys, tmp_path)
 
 
-def test_a_damaged_checkpoint_is_refused(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_refused(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = next(make_run().rglob("state-00001*"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

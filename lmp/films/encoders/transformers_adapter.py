@@ -41,9 +41,7 @@ class TransformersEncoder:
 
     tokens = 1
 
-    def __init__(
-        self, kind: Kind, source: str, *, batch_size: int = 8, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, kind: Kind, source: str, *, batch_size: int = 8, device: str | torch.device = "cpu") -> None:
         import transformers
 
         self.kind: Kind = kind
@@ -51,9 +49,7 @@ class TransformersEncoder:
         self._device = torch.device(device)
         folder = Path(source).expanduser()
         if source.startswith(("/", "~", ".")) and not folder.is_dir():
-            raise UserError(
-                f"no folder {source} with a {kind} encoder", remedy="give the folder of a saved model"
-            )
+            raise UserError(f"no folder {source} with a {kind} encoder", remedy="give the folder of a saved model")
         self._source = str(folder) if folder.is_dir() else source
         self.name = folder.name if folder.is_dir() else source
         model = self._load(transformers.AutoModel)
@@ -69,9 +65,7 @@ class TransformersEncoder:
             self._picture = _PictureInput.read(self._source, self._config)
             self.frames, self.height = self._picture.frames, self._picture.size
         elif kind == "sound":
-            self._normalise, self._mask_sound = _read_sound_input(
-                self._load(transformers.AutoFeatureExtractor)
-            )
+            self._normalise, self._mask_sound = _read_sound_input(self._load(transformers.AutoFeatureExtractor))
         else:
             self._tokenizer = self._load(transformers.AutoTokenizer)
             self._check_tokenizer()
@@ -123,9 +117,7 @@ class TransformersEncoder:
         # Loaders raise OSError for missing files, and ValueError, KeyError and more for bad ones.
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            what = {"AutoModel": "model", "AutoTokenizer": "tokenizer"}.get(
-                auto.__name__, "feature extractor"
-            )
+            what = {"AutoModel": "model", "AutoTokenizer": "tokenizer"}.get(auto.__name__, "feature extractor")
             raise UserError(
                 f"cannot load the {what} of {self.kind} encoder {self._source}: {reason}",
                 remedy="give a hub name or a folder saved with save_pretrained (model and processor)",
@@ -148,9 +140,7 @@ class TransformersEncoder:
         # Without tokenizer files transformers silently makes a tokenizer of the special tokens alone.
         known = len(set(self._tokenizer.get_vocab()) - set(self._tokenizer.all_special_tokens))
         if not known or len(self._tokenizer) > self._config.vocab_size:
-            what = (
-                f"{len(self._tokenizer)} tokens, the model {self._config.vocab_size}" if known else "no words"
-            )
+            what = f"{len(self._tokenizer)} tokens, the model {self._config.vocab_size}" if known else "no words"
             raise UserError(
                 f"the tokenizer of {self._source} has {what}",
                 remedy="save the tokenizer that belongs to the model in the same folder",
