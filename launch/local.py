@@ -103,8 +103,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
         codes = [rank.poll() for rank in ranks]
         failed = [(code, rank) for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            # A user's mistake is met by all ranks; it says more than the broken connection of a peer.
-            code, rank = min(failed, key=lambda pair: (pair[0] != EXIT_USER, pair[1]))
+            # A user's mistake or a kill says more than the broken connection of a peer.
+            code, rank = min(failed, key=lambda pair: (pair[0] != EXIT_USER, pair[0] > 0, pair[1]))
             return (code if code > 0 else EXIT_AGAIN), rank
         if all(code == 0 for code in codes):
             return EXIT_DONE, 0

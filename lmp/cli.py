@@ -136,9 +136,7 @@ def _data_stats(arguments: argparse.Namespace) -> int:
 
     index = FilmIndex.load(arguments.shards)
     shots = index.shots
-    print(
-        f"{len(index)} films, {int(shots.sum())} shots (per film {shots.min()} to {shots.max()}, mean {shots.mean():.0f})"
-    )
+    print(f"{len(index)} films, {int(shots.sum())} shots, {shots.min()} to {shots.max()} per film")
     for name, modality in index.modalities.items():
         print(f"{name}: {modality.tokens} x {modality.width} {modality.dtype}")
     print(f"digest {index.digest}")

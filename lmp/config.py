@@ -220,7 +220,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: holds a {type(raw).__name__}, not keys and values", remedy="write `key: value` lines")
     bases = raw.pop("extends", [])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    listed = [bases] if isinstance(bases, str) else bases
+    if not isinstance(listed, list) or not all(isinstance(base, str) for base in listed):
+        raise UserError(
+            f"{path}: extends is not a file name or a list of them", remedy="write for example `extends: base.yaml`"
+        )
+    for base in listed:
         merged = merge(merged, _read(path.parent / base, (*seen, resolved)))
     return merge(merged, raw)
 
@@ -244,7 +249,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _build(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Validate; where keys are at fault, set them aside and go on, so that contradictions among the rest are seen too."""
+    """Validate; keys at fault are set aside, so that contradictions among the rest are seen too."""
     try:
         return Config.model_validate(raw), []
     except ValidationError as error:

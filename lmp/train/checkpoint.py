@@ -174,7 +174,7 @@ def restore(path: Path, engine: Engine) -> Progress:
     mine, stored = set(names(engine)), set(manifest["tensors"])
     if mine != stored:
         raise UserError(
-            f"{path}: lacks {sorted(mine - stored)[:3]} and has {sorted(stored - mine)[:3]} beside the model's parameters",
+            f"{path}: does not fit the model: lacks {sorted(mine - stored)[:3]}, adds {sorted(stored - mine)[:3]}",
             remedy="resume with the model section that the run was started with",
         )
     with _reader(path, manifest) as read:
@@ -242,7 +242,11 @@ def _write_share(engine: Engine, folder: Path) -> dict[str, Any]:
                 tensors[f"{name}/{part}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     file = folder / f"state-{mesh.rank:05d}-of-{mesh.world_size:05d}.safetensors"
     try:
+        # safetensors makes private files; those of a run belong to whoever may read the run.
+        file.touch()
+        mode = file.stat().st_mode
         save_file(tensors, file, metadata={"format": str(FORMAT)})
+        file.chmod(mode)
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
         facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}

@@ -75,7 +75,7 @@ class Engine:
         self.deepspeed.destroy()
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Clip where DeepSpeed reports no norm, and let weight decay reach parameters without a gradient as in stages 1-3."""
+        """Clip where DeepSpeed reports no norm; decay also what has no gradient, as stages 1-3 do."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:

@@ -92,7 +92,7 @@ def _import_partitioned(engine: Engine, read: Callable[[str], State]) -> None:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 parameter.data.copy_(weight)
-        cut = math.ceil(getattr(parameter, "ds_numel") / size)
+        cut = math.ceil(parameter.ds_numel / size)  # type: ignore[attr-defined]
 
         def own(whole: Tensor, cut: int = cut) -> Tensor:
             return F.pad(whole.flatten(), (0, cut * size - whole.numel()))[rank * cut : (rank + 1) * cut]

@@ -1,0 +1,60 @@
+"""The learning rate over a run, and the ways to ask a run to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lmp.config import OptimizerConfig
+from lmp.train.engine import learning_rate
+from lmp.train.health import SIGNALS, stop_requests
+
+
+def rates(steps: int, **settings: float) -> list[float]:
+    optimizer = OptimizerConfig(lr=1.0, **settings)
+    return [learning_rate(step, steps=steps, settings=optimizer) for step in range(steps)]
+
+
+def test_warm_up_is_linear_from_the_first_step() -> None:
+    assert rates(100, warmup_fraction=0.1)[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+
+
+def test_decay_is_a_cosine_to_the_final_fraction() -> None:
+    found = rates(1000, warmup_fraction=0.1, final_lr_fraction=0.2)
+    after = found[100:]
+    assert after[0] == pytest.approx(1.0)
+    assert all(earlier > later for earlier, later in zip(after, after[1:], strict=False))
+    assert found[550] == pytest.approx(0.6)
+    assert found[-1] == pytest.approx(0.2, abs=1e-4)
+    assert min(found[99:]) >= 0.2
+
+
+def test_no_warm_up_starts_at_the_full_rate() -> None:
+    assert rates(10, warmup_fraction=0.0)[0] == pytest.approx(1.0)
+
+
+def test_beyond_the_last_step_the_rate_stays() -> None:
+    settings = OptimizerConfig(lr=1.0, final_lr_fraction=0.1)
+    assert learning_rate(500, steps=100, settings=settings) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_requests(tmp_path / "STOP") as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        assert stop.reason == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_file_asks_to_stop(tmp_path: Path) -> None:
+    with stop_requests(tmp_path / "STOP") as stop:
+        assert not stop()
+        (tmp_path / "STOP").touch()
+        assert stop()
+        assert "STOP" in stop.reason
