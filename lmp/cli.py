@@ -114,7 +114,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
-    print(f"{report.films} films, {report.shots} shots -> {arguments.out}")
+    print(f"{report.films} films, {report.shots} shots" + (f" -> {arguments.out}" if report.films else ""))
     for film, problem, remedy in report.failures:
         print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
     return EXIT_USER if report.failures else EXIT_DONE

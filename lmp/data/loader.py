@@ -137,6 +137,11 @@ class PackLoader:
             return Cursor(cursor.epoch, cursor.step + 1)
         return Cursor(cursor.epoch + 1, 0)
 
+    def shots(self, cursor: Cursor) -> int:
+        """Shots of the whole step at `cursor`, over all ranks, idle ones left out."""
+        packs = self._plan(cursor.epoch).packs(cursor.step)
+        return sum(window.stop - window.start for pack in packs for window in pack.windows)
+
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 

@@ -40,6 +40,10 @@ class Losses:
     loss: float
     means: dict[str, float]
 
+    def by_objective(self) -> dict[str, float]:
+        """The loss of each objective."""
+        return {name: value for name, value in self.means.items() if name.startswith("loss/")}
+
 
 def gather_over(mesh: Mesh) -> Gather:
     """How objectives see the whole pack from a rank's run of it."""

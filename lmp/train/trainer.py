@@ -77,6 +77,7 @@ class _Run:
             packs_per_step=config.data.packs_per_step,
             window_shots=config.data.window_shots,
         )
+        self.tokens_per_shot = sum(modality.tokens for modality in index.modalities.values())
         self.model_config = model_config(config, index)
         torch.manual_seed(config.seed)
         model = LmpForPretraining(self.model_config)
@@ -144,7 +145,8 @@ class _Run:
                 raise RuntimeError(self._non_finite("loss", step, batch))
             lr = learning_rate(step - 1, steps=steps, settings=config.optimizer)
             norm = self.engine.step(lr)
-            progress = self._advance(progress, loader.next_cursor(batch.cursor))
+            shots = loader.shots(batch.cursor)
+            progress = self._advance(progress, loader.next_cursor(batch.cursor), shots)
             seconds = time.perf_counter() - began
             minutes = (time.monotonic() - saved_at) / 60
             health = health_word(
@@ -157,7 +159,17 @@ class _Run:
             if health.bad:
                 raise RuntimeError(self._non_finite("gradient", step, batch))
             recorder.step(
-                self._facts(step, batch, losses, full, lr, norm, began - waited, seconds, health.slowest_rank)
+                {
+                    "step": step,
+                    "epoch": batch.cursor.epoch,
+                    "loss": losses.loss,
+                    **(losses.means if full else losses.by_objective()),
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "seconds_waiting_for_data": began - waited,
+                    "slowest_rank": health.slowest_rank,
+                    **self._rates(batch, shots, began - waited + seconds),
+                }
             )
             every = config.checkpoint.every_steps
             if health.stop or health.save or step == steps or (every and step % every == 0):
@@ -193,52 +205,27 @@ class _Run:
                 remedy="go on with the lmp that started the run, or start another run folder",
             )
 
-    def _advance(self, progress: Progress, cursor: Cursor) -> Progress:
-        # Counted from the plan, so that every rank knows the whole step.
-        shots = self.config.data.pack_shots * self.config.data.packs_per_step
-        tokens = shots * sum(modality.tokens for modality in self.index.modalities.values())
+    def _advance(self, progress: Progress, cursor: Cursor, shots: int) -> Progress:
         return Progress(
             step=progress.step + 1,
             epoch=cursor.epoch,
             epoch_step=cursor.step,
             shots_seen=progress.shots_seen + shots,
-            tokens_seen=progress.tokens_seen + tokens,
+            tokens_seen=progress.tokens_seen + shots * self.tokens_per_shot,
         )
 
-    def _facts(
-        self,
-        step: int,
-        batch: StepBatch,
-        losses: Any,
-        full: bool,
-        lr: float,
-        norm: float,
-        waited: float,
-        seconds: float,
-        slowest: int,
-    ) -> dict[str, Any]:
-        shots = self.config.data.pack_shots * self.config.data.packs_per_step
-        wall = waited + seconds
-        means = losses.means if full else {k: v for k, v in losses.means.items() if k.startswith("loss/")}
-        facts = {
-            "step": step,
-            "epoch": batch.cursor.epoch,
-            "loss": losses.loss,
-            **means,
-            "lr": lr,
-            "grad_norm": norm,
-            "shots_per_second": shots / wall,
-            "tokens_per_second": shots * sum(m.tokens for m in self.index.modalities.values()) / wall,
-            "seconds": wall,
-            "seconds_waiting_for_data": waited,
-            "slowest_rank": slowest,
+    def _rates(self, batch: StepBatch, shots: int, seconds: float) -> dict[str, float]:
+        """Speed and memory of a step of `shots` shots over all ranks that took `seconds`."""
+        rates = {
+            "seconds": seconds,
+            "shots_per_second": shots / seconds,
+            "tokens_per_second": shots * self.tokens_per_shot / seconds,
+            "memory_gib": _memory_gib(self.mesh.device),
         }
-        if full:
-            facts["memory_gib"] = _memory_gib(self.mesh.device)
         if self.peak_flops:
             own = train_flops(self.model_config, (pack.lengths for pack in batch.packs))
-            facts["mfu"] = own * self.mesh.dp_size / wall / self.peak_flops
-        return facts
+            rates["mfu"] = own * self.mesh.dp_size / seconds / self.peak_flops
+        return rates
 
     def _manifest(self) -> dict[str, Any]:
         encoders: dict[str, Any] = {}

@@ -27,7 +27,7 @@ def started(tmp_path_factory: pytest.TempPathFactory):
     def go(topology: tuple[int, int, int]) -> Ended:
         processes, zero, sequence = topology
         name = f"{processes}-zero{zero}-sequence{sequence}"
-        sections = {"parallel": {"zero": zero, "sequence": sequence}, "checkpoint": {"every_steps": None}}
+        sections = {"parallel": {"zero": zero, "sequence": sequence}, "checkpoint": {"every_steps": 20}}
         config = write_config(folder / f"{name}.yaml", config_of(shards, **sections))
         return folder / name, run(str(config), "-n", str(processes), "--run", str(folder / name))
 

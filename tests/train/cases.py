@@ -18,21 +18,28 @@ class Kind(NamedTuple):
 
 PLAIN = [Kind(stage, "fp32") for stage in range(4)]
 HALF = Kind(1, "bf16")
-MOVES = {source: list(PLAIN) for source in PLAIN} | {HALF: [HALF, Kind(3, "bf16"), Kind(1, "fp32")]}
+MOVES = {
+    PLAIN[0]: [PLAIN[3]],
+    PLAIN[1]: [PLAIN[2]],
+    PLAIN[2]: [PLAIN[0]],
+    PLAIN[3]: [PLAIN[1]],
+    HALF: [PLAIN[1], Kind(3, "bf16")],
+}
+"""Every stage gives its state once and receives one at least once."""
 
 _FULL = [
     ("deepspeed.utils", "safe_get_full_fp32_param"),
     ("deepspeed.utils", "safe_get_full_optimizer_state"),
 ]
-_FRAGMENTS = [
+_LINKED = [
     *_FULL,
     ("deepspeed.utils", "safe_set_full_fp32_param"),
     ("deepspeed.utils", "safe_set_full_optimizer_state"),
-    ("optimizer", "single_partition_of_fp32_groups"),
     ("optimizer", "_hp_optimizer_states_linked"),
     ("optimizer", "_lazy_init_hp_params_optimizer_state"),
     ("optimizer", "update_lp_params"),
 ]
+_FRAGMENTS = [*_LINKED, ("optimizer", "single_partition_of_fp32_groups")]
 _PARTITIONED = [
     *_FULL,
     ("deepspeed.utils", "safe_set_local_fp32_param"),
@@ -40,5 +47,11 @@ _PARTITIONED = [
     ("optimizer", "fp32_partitioned_groups_flat"),
     ("parameter", "ds_numel"),
 ]
-PRIVATE = {0: [], 1: _FRAGMENTS, 2: _FRAGMENTS, 3: _PARTITIONED}
-"""Names of deepspeed that lmp/train/zero_state.py stands on, by stage."""
+PRIVATE = {
+    PLAIN[0]: [],
+    PLAIN[1]: _FRAGMENTS,
+    PLAIN[2]: _FRAGMENTS,
+    PLAIN[3]: _PARTITIONED,
+    HALF: [*_LINKED, ("optimizer", "fp32_groups_flat_partition")],
+}
+"""Names of deepspeed that lmp/train/zero_state.py stands on."""

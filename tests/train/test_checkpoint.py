@@ -128,7 +128,7 @@ def test_load_trained_refuses_what_it_cannot_give(copy: Path, tmp_path: Path) ->
     assert not load_trained(copy).finished
     for checkpoint in found(RunFolder(copy)):
         flip(checkpoint)
-    with pytest.raises(UserError, match="no valid checkpoint.*sha256"):
+    with pytest.raises(UserError, match=r"no valid checkpoint.*sha256"):
         load_trained(copy)
 
 

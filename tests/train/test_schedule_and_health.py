@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_decay_is_a_cosine_to_the_final_fraction() -> None:
     found = rates(1000, warmup_fraction=0.1, final_lr_fraction=0.2)
     after = found[100:]
     assert after[0] == pytest.approx(1.0)
-    assert all(earlier > later for earlier, later in zip(after, after[1:], strict=False))
+    assert all(earlier > later for earlier, later in pairwise(after))
     assert found[550] == pytest.approx(0.6)
     assert found[-1] == pytest.approx(0.2, abs=1e-4)
     assert min(found[99:]) >= 0.2

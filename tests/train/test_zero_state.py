@@ -39,9 +39,11 @@ def test_state_moves_unchanged_and_training_goes_on(ranks, pair) -> None:
                 assert torch.equal(old, new), f"{part} of {name}"
         assert any(state[1].any() for state in move["before"].values()), "the moments were never set"
         if source.precision == target.precision:
+            # The learning rate is 1e-3; Adam magnifies the rounding of small bf16 gradients.
+            near = 1e-5 if source.precision == "fp32" else 1e-4
             for name, state in move["after"].items():
                 # The third step tells whether Adam's step count came along too.
-                torch.testing.assert_close(move["stepped"][name][0], state[0], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(move["stepped"][name][0], state[0], rtol=1e-4, atol=near)
 
 
 def test_ranks_agree(ranks) -> None:

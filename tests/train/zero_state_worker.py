@@ -69,7 +69,7 @@ def missing_names(engine: Engine, kind: Kind) -> list[str]:
         "optimizer": engine.optimizer,
         "parameter": next(engine.module.parameters()),
     }
-    return [f"{owner}.{name}" for owner, name in PRIVATE[kind.stage] if not hasattr(where[owner], name)]
+    return [f"{owner}.{name}" for owner, name in PRIVATE[kind] if not hasattr(where[owner], name)]
 
 
 def main(folder: Path) -> None:
