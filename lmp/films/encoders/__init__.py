@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +15,7 @@ __all__ = ["Encoder", "Kind", "build_encoders"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_OF_MODALITY: dict[str, Kind] = {"video": "picture", "audio": "sound", "text": "words"}
-_SIGNAL = {"picture": SignalPicture, "sound": SignalSound, "words": SignalWords}
+_SIGNAL: dict[Kind, Callable[[], Encoder]] = {"picture": SignalPicture, "sound": SignalSound, "words": SignalWords}
 
 
 def build_encoders(specs: Mapping[str, str]) -> dict[str, Encoder]:

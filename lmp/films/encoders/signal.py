@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ HUES, SATURATIONS, VALUES, EDGES = 8, 4, 6, 6
 BANDS = 64
 
 
-class _SignalEncoder:
+class _SignalEncoder(ABC):
     kind: ClassVar[Kind]
     name: ClassVar[str]
     version: ClassVar[str] = "1"
@@ -60,11 +61,13 @@ class _SignalEncoder:
             "sampling": self._sampling(),
         }
 
+    @abstractmethod
     def _vector(self, shot: Any) -> Array | None:
-        raise NotImplementedError
+        """[D] of one shot, or None where there is nothing to encode."""
 
+    @abstractmethod
     def _sampling(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """How the encoder samples a shot, as JSON."""
 
 
 class SignalPicture(_SignalEncoder):
