@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmp.errors import UserError
 from lmp.objectives.settings import ObjectivesConfig
-from lmp.parallel.deepspeed_config import deepspeed_faults, merge
+from lmp.parallel.deepspeed_config import DeepSpeedSettings, deepspeed_faults, merge
 
 
 class Section(BaseModel):
@@ -107,6 +107,16 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
+    @property
+    def deepspeed(self) -> DeepSpeedSettings:
+        """What of this reaches DeepSpeed."""
+        return DeepSpeedSettings(
+            zero=self.parallel.zero,
+            bf16=self.train.precision == "bf16",
+            clip=self.optimizer.clip,
+            extra=self.parallel.deepspeed,
+        )
+
     def dump(self) -> str:
         """The resolved configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -182,7 +192,7 @@ def contradictions(config: Config) -> list[str]:
         faults.append(f"model.sources holds model.target={model.target}: the target cannot be its own source")
     if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
         faults.append("checkpoint.every_steps and checkpoint.every_minutes are both null: nothing would be saved")
-    return faults + deepspeed_faults(config)
+    return faults + deepspeed_faults(config.deepspeed)
 
 
 def config_help() -> Iterable[tuple[str, str, str]]:

@@ -86,7 +86,7 @@ def _train_in_two_starts(checkout: Path, shards: Path, run: Path) -> None:
     config = checkout / "configs" / "demo.yaml"
     command = _line("launch.local", config, "-n", PROCESSES, "--run", run, f"data.train=[{shards / 'train'}]")
     if not (run / "DONE").is_file() and _steps_made(run) == 0:
-        print(f"$ {shlex.join(command[2:])}", flush=True)
+        _show(command)
         with subprocess.Popen(command, cwd=checkout, env=_environment()) as process:
             while process.poll() is None and _steps_made(run) < STOP_AFTER * load_config(config).train.steps:
                 time.sleep(0.2)
@@ -110,8 +110,14 @@ def _command(module: str, *arguments: object, cwd: Path | None = None) -> None:
 
 def _call(module: str, *arguments: object, cwd: Path | None = None) -> int:
     line = _line(module, *arguments)
-    print(f"$ {shlex.join(line[2:])}", flush=True)
+    _show(line)
     return subprocess.run(line, cwd=cwd, env=_environment(), check=False).returncode
+
+
+def _show(line: list[str]) -> None:
+    """Print a command as a user types it."""
+    typed = ["lmp", *line[3:]] if line[2] == "lmp.cli" else ["python", *line[1:]]
+    print(f"$ {shlex.join(typed)}", flush=True)
 
 
 def _line(module: str, *arguments: object) -> list[str]:

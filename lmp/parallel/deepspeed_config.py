@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lmp.config import Config
+from dataclasses import dataclass
+from typing import Any
 
 # DeepSpeed accepts misspelt top-level keys in silence, so they are checked here.
 PASS_THROUGH = (
@@ -32,49 +30,58 @@ PASS_THROUGH = (
 )
 
 
-def generated(config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """What of a run's configuration reaches DeepSpeed: ZeRO stage, precision, clipping norm, keys passed through."""
+
+    zero: int
+    bf16: bool
+    clip: float
+    extra: Mapping[str, Any]
+
+
+def generated(settings: DeepSpeedSettings) -> dict[str, Any]:
     """What the schema says about DeepSpeed: never `mpu` or a mesh, for sequence parallelism is hidden from it."""
-    bf16 = config.train.precision == "bf16"
-    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": False}
-    if config.parallel.zero == 3:
+    zero: dict[str, Any] = {"stage": settings.zero, "overlap_comm": False}
+    if settings.zero == 3:
         # Keeps stage 3 on the same Linear kernel as the others, so that all stages agree bit by bit in bf16.
         zero["memory_efficient_linear"] = False
-    settings: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         # Stage 0 in fp32 reports no gradient norm; lmp clips there itself.
-        "gradient_clipping": config.optimizer.clip if config.parallel.zero else 0.0,
+        "gradient_clipping": settings.clip if settings.zero else 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": settings.bf16},
     }
-    if bf16:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
+    if settings.bf16:
+        keys["data_types"] = {"grad_accum_dtype": "fp32"}
+    return keys
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
+def deepspeed_config(settings: DeepSpeedSettings) -> dict[str, Any]:
     """The whole DeepSpeed configuration: what is generated, joined by the keys passed through."""
-    return merge(generated(config), config.parallel.deepspeed)
+    return merge(generated(settings), settings.extra)
 
 
-def deepspeed_faults(config: Config) -> list[str]:
+def deepspeed_faults(settings: DeepSpeedSettings) -> list[str]:
     """Keys passed through that DeepSpeed does not have or that say something else than the schema."""
     faults = []
-    if config.parallel.zero == 0 and config.train.precision == "bf16":
+    if settings.zero == 0 and settings.bf16:
         faults.append(
             "parallel.zero=0 with train.precision=bf16: DeepSpeed applies a step of weight decay at start-up "
             "(use parallel.zero=1)"
         )
-    ours = generated(config)
-    for key in config.parallel.deepspeed:
+    ours = generated(settings)
+    for key in settings.extra:
         if key not in ours and key not in PASS_THROUGH:
             near = difflib.get_close_matches(key, [*ours, *PASS_THROUGH], n=1, cutoff=0.6)
             hint = f", did you mean {near[0]}?" if near else ""
             faults.append(f"parallel.deepspeed.{key}: not a DeepSpeed key that lmp passes through{hint}")
-    for path, mine, theirs in _clashes(ours, config.parallel.deepspeed):
+    for path, mine, theirs in _clashes(ours, settings.extra):
         faults.append(f"parallel.deepspeed.{path}={theirs!r} clashes with {mine!r}, which lmp's own keys generate")
     return faults
 

@@ -40,7 +40,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(mesh.device),
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config.deepspeed),
             dist_init_required=False,
         )
 
