@@ -250,6 +250,8 @@ def _encoded_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
     spoken = _subtitles(job) if any(e.kind == "words" for e in encoders.values()) else None
     outputs = {name: _Output(encoder) for name, encoder in encoders.items()}
     shots_S2 = _encode_pictures(job, given_S2, outputs)
+    if given_S2 is None:
+        _check_whole(job.film, facts.duration_s, float(shots_S2[-1, 1]) / 1000)
     _encode_sound(job, shots_S2, outputs)
     for output in _of_kind(outputs, "words"):
         for words in words_of_shots(spoken, shots_S2):
@@ -269,6 +271,15 @@ def _encoded_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
     for name, output in outputs.items():
         features[name], valid[name] = output.finish()
     return _Done(info, shots_S2, features, valid)
+
+
+def _check_whole(film: Path, promised_s: float, found_s: float) -> None:
+    """Refuse a film whose picture ends long before the length that its container states: a download cut short."""
+    if promised_s - found_s > max(2.0, 0.1 * promised_s):
+        raise UserError(
+            f"{film} breaks off: its picture ends at {found_s:.1f} s of {promised_s:.1f} s",
+            remedy="copy or download it again, or give its shots with --shots if it is meant so",
+        )
 
 
 class _Output:

@@ -76,6 +76,24 @@ def test_broken_films_and_subtitles_are_reported(films: Path, tmp_path: Path) ->
     assert not index.read(0, 0, int(index.shots[0])).valid["text"].any()
 
 
+def test_a_film_cut_short_is_refused(films: Path, tmp_path: Path) -> None:
+    """A Matroska file states its length first and plays as far as it goes."""
+    import av
+
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    with av.open(str(films / "film-0000.mp4")) as source, av.open(str(whole), "w") as target:
+        streams = {s.index: target.add_stream_from_template(s) for s in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    report = ingest([cut, whole], tmp_path / "out", encoders=SIGNAL, progress=False)
+    assert [path.name for path, _, _ in report.failures] == ["cut.mkv"]
+    assert "breaks off" in report.failures[0][1]
+    assert FilmIndex.load(tmp_path / "out").keys == ["whole"]
+
+
 def test_nothing_good_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "c.mp4").write_text("text\n" * 100)
     report = ingest([tmp_path / "c.mp4"], tmp_path / "out", encoders=SIGNAL, progress=False)
