@@ -6,10 +6,10 @@ import hashlib
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -211,26 +211,53 @@ def _work(job: _Job) -> _Done:
 
 
 def _results(jobs: list[_Job], specs: dict[str, str], workers: int) -> Iterator[tuple[_Job, _Done]]:
-    """Jobs and results in order of the jobs; a bounded number is under way."""
+    """Jobs and results in order of the jobs. A film that ends its process is found by reading it alone."""
     if workers == 1:
         built = build_encoders(specs)
         for job in jobs:
             yield job, _read_film(job, built)
         return
-    # Spawned, for the caller may have threads and a forked child would inherit their locks.
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), get_context("spawn"), initializer=_start_worker, initargs=(specs,)
-    )
+    waiting = deque(jobs)
+    while waiting:
+        suspects = yield from _pooled(waiting, specs, workers)
+        for job in suspects:
+            yield job, _alone(job, specs)
+
+
+def _pooled(
+    waiting: deque[_Job], specs: dict[str, str], workers: int
+) -> Generator[tuple[_Job, _Done], None, list[_Job]]:
+    """Works through `waiting`, a bounded number at once; returns those under way when a process died."""
+    pool = _pool(specs, min(workers, len(waiting)))
+    under_way: deque[tuple[_Job, Future[_Done]]] = deque()
     try:
-        waiting = iter(jobs)
-        first = islice(waiting, _AHEAD * workers)
-        under_way: deque[tuple[_Job, Future[_Done]]] = deque((job, pool.submit(_work, job)) for job in first)
-        while under_way:
-            job, future = under_way.popleft()
-            yield job, future.result()
-            under_way.extend((job, pool.submit(_work, job)) for job in islice(waiting, 1))
+        while waiting or under_way:
+            while waiting and len(under_way) < _AHEAD * workers:
+                future = pool.submit(_work, waiting[0])
+                under_way.append((waiting.popleft(), future))
+            done = under_way[0][1].result()
+            yield under_way.popleft()[0], done
+    except BrokenProcessPool:
+        return [job for job, _ in under_way] or [waiting.popleft()]
     finally:
         pool.shutdown(cancel_futures=True)
+    return []
+
+
+def _alone(job: _Job, specs: dict[str, str]) -> _Done:
+    pool = _pool(specs, 1)
+    try:
+        return pool.submit(_work, job).result()
+    except BrokenProcessPool:
+        problem = f"{job.film} ended the process that read it: no memory left, or a fault of the decoder"
+        return _Done(fault=(problem, "convert the film with ffmpeg, or give the machine more memory"))
+    finally:
+        pool.shutdown()
+
+
+def _pool(specs: dict[str, str], workers: int) -> ProcessPoolExecutor:
+    # Spawned, for the caller may have threads and a forked child would inherit their locks.
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(specs,))
 
 
 def _read_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
@@ -245,7 +272,7 @@ def _encoded_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
     given_S2, source = None, "detected"
     if job.shot_lists is not None:
         path = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
-        given_S2, source = read_shot_list(path, facts.fps), path.name
+        given_S2, source = read_shot_list(path, facts.fps, first_s=facts.first_s), path.name
     # A broken subtitle file is found before the picture is decoded.
     spoken = _subtitles(job) if any(e.kind == "words" for e in encoders.values()) else None
     outputs = {name: _Output(encoder) for name, encoder in encoders.items()}

@@ -21,9 +21,18 @@ _SOUND_SLACK = SAMPLE_RATE // 10  # time stamps may stray this much before they 
 
 @dataclass(frozen=True)
 class FilmFacts:
-    """What the container says: length in seconds (0 if unknown), frames per second, pixels, sound or none."""
+    """What the container says.
+
+    Attributes:
+        duration_s: length of the picture, 0 if unknown.
+        first_s: when the first frame is shown.
+        fps: frames per second.
+        width, height: pixels.
+        sound: whether there is any.
+    """
 
     duration_s: float
+    first_s: float
     fps: float
     width: int
     height: int
@@ -59,9 +68,10 @@ def probe(path: Path) -> FilmFacts:
     """
     with _opened(path) as container:
         video = _picture_stream(container, path)
-        seconds = float(container.duration or 0) / 1_000_000
+        first_ms = float((video.start_time or 0) * video.time_base) * 1000 - _start_ms(container)
         return FilmFacts(
-            duration_s=seconds,
+            duration_s=_length_s(container, video),
+            first_s=max(first_ms, 0.0) / 1000,
             fps=_rate(video),
             width=video.width,
             height=video.height,
@@ -283,12 +293,12 @@ def _frames(path: Path, threads: int) -> Iterator[_Frame]:
         video = _picture_stream(container, path)
         video.codec_context.thread_count = threads
         video.thread_type = "AUTO"
-        step_ms = 1000 / _rate(video)
+        step_ms, start_ms = 1000 / _rate(video), _start_ms(container)
         scaler = _Scaler(video.width, video.height)
         last_ms, end_ms, count = 0.0, 0.0, 0
         for frame in container.decode(video):
             # No frame may come before the one shown before it, nor without a time.
-            stamp = end_ms if frame.time is None else frame.time * 1000
+            stamp = end_ms if frame.time is None else frame.time * 1000 - start_ms
             time_ms = max(stamp, last_ms) if count else stamp
             last_ms, end_ms = time_ms, time_ms + step_ms
             count += 1
@@ -306,11 +316,10 @@ def _sound_chunks(path: Path) -> Iterator[np.ndarray]:
             return
         # FFmpeg's own mix to mono would make equal channels louder than a mono film: the mean does not.
         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
-        written = 0
-        drop = 0
+        written, drop, start_ms = 0, 0, _start_ms(container)
         for frame in container.decode(container.streams.audio[0]):
             if frame.time is not None:
-                ahead = round(frame.time * SAMPLE_RATE) - written
+                ahead = round((frame.time - start_ms / 1000) * SAMPLE_RATE) - written
                 if ahead > _SOUND_SLACK or (written == 0 and ahead > 0):
                     yield from _silence(ahead)
                     written += ahead
@@ -372,6 +381,19 @@ def _picture_stream(container: Any, path: Path) -> Any:
         if not stream.disposition & Disposition.attached_pic and stream.width and stream.height:
             return stream
     raise UserError(f"{path} has no picture", remedy="give a file with a video stream")
+
+
+def _start_ms(container: Any) -> float:
+    """Where the clock of the film starts: recordings of broadcasts begin at any time of day, subtitles at 0."""
+    return max(container.start_time or 0, 0) / 1000
+
+
+def _length_s(container: Any, video: Any) -> float:
+    """How long the container says that the picture is; 0 where it does not. Sound may well go on after it."""
+    if video.duration:
+        return float(video.duration * video.time_base)
+    # Matroska states one length for all, and counts it from 0 whatever time the film starts at.
+    return max(float(container.duration or 0) / 1_000_000 - _start_ms(container) / 1000, 0.0)
 
 
 def _rate(video: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ pytest.importorskip("scenedetect")
 
 from lmp.data.index import FilmIndex
 from lmp.errors import UserError
+from lmp.films import ingest as room
 from lmp.films.ingest import expand, ingest, key_of
 from lmp.films.synthetic import FilmSettings, make_films
 
@@ -92,6 +94,24 @@ def test_a_film_cut_short_is_refused(films: Path, tmp_path: Path) -> None:
     assert [path.name for path, _, _ in report.failures] == ["cut.mkv"]
     assert "breaks off" in report.failures[0][1]
     assert FilmIndex.load(tmp_path / "out").keys == ["whole"]
+
+
+def dies_on_b(job: room._Job) -> room._Done:
+    """Stands in for `_work`; the spawned process has the real one under its own name."""
+    if job.key == "b":
+        os._exit(1)
+    return room._work(job)
+
+
+def test_a_film_that_ends_its_process_costs_no_other(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_work", dies_on_b)
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        shutil.copy(films / "film-0000.mp4", tmp_path / name)
+    report = ingest([tmp_path], tmp_path / "out", encoders={"video": "signal"}, workers=2, progress=False)
+    assert [path.name for path, _, _ in report.failures] == ["b.mp4"]
+    assert FilmIndex.load(tmp_path / "out").keys == ["a", "c"]
 
 
 def test_nothing_good_writes_nothing(tmp_path: Path) -> None:

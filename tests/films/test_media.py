@@ -25,24 +25,25 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_film(path: Path, pts: range | list[int], *, sound: bool) -> None:
-    """Frame k, shown at pts[k] / FPS, has the grey of its second; the sound has its level."""
+def write_film(path: Path, pts: range | list[int], *, sound: bool, start_s: int = 0) -> None:
+    """Frame k, shown at start_s + pts[k] / FPS, has the grey of its second; the sound has its level."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=FPS)
         video.width, video.height, video.pix_fmt = 64, 32, "yuv420p"
         video.codec_context.time_base = Fraction(1, FPS)
-        audio = container.add_stream("pcm_s16le", rate=44100, layout="stereo") if sound else None
+        codec = "pcm_s16le" if path.suffix == ".mkv" else "mp2"
+        audio = container.add_stream(codec, rate=44100, layout="stereo") if sound else None
         for stamp in pts:
             grey = np.full((32, 64, 3), LEVELS[stamp // FPS], np.uint8)
             frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
-            frame.pts, frame.time_base = stamp, Fraction(1, FPS)
+            frame.pts, frame.time_base = start_s * FPS + stamp, Fraction(1, FPS)
             container.mux(video.encode(frame))
         container.mux(video.encode())
         if audio is not None:
             for second, level in enumerate(TONES):
                 wave = np.full((1, 2 * 44100), round(level * 32767), np.int16)
                 frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="stereo")
-                frame.sample_rate, frame.pts = 44100, second * 44100
+                frame.sample_rate, frame.pts = 44100, (start_s + second) * 44100
                 frame.time_base = Fraction(1, 44100)
                 container.mux(audio.encode(frame))
             container.mux(audio.encode())
@@ -85,6 +86,23 @@ def test_variable_frame_rate_goes_by_time(tmp_path: Path) -> None:
     path = tmp_path / "vfr.mkv"
     write_film(path, [0, 5, *range(10, 20), 20, 27], sound=False)
     assert [s.start_ms for s in read_pictures(path, [])] == [0, 1000, 2000]
+
+
+def test_the_clock_of_a_film_starts_at_zero(tmp_path: Path) -> None:
+    late = tmp_path / "late.mkv"
+    write_film(late, range(30), sound=True, start_s=20)
+    facts = probe(late)
+    assert facts.first_s == 0
+    assert facts.duration_s == pytest.approx(3.0, abs=0.1)
+    assert [(s.start_ms, s.end_ms) for s in read_pictures(late, [])] == [(0, 1000), (1000, 2000), (2000, 3000)]
+    (sound,) = read_sound(late, np.array([[1000, 2000]], np.int32))
+    assert float(np.median(sound)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_length_is_that_of_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "short.mp4"
+    write_film(path, range(10), sound=True)
+    assert probe(path).duration_s == pytest.approx(1.0, abs=0.05)  # the sound is 3 s long
 
 
 def test_sound_is_cut_by_shot(film: Path) -> None:

@@ -39,7 +39,7 @@ def test_real_cuts_are_found(real_data: Path, capsys: pytest.CaptureFixture[str]
     with capsys.disabled():
         print(f"\n{film.name}: recall {recall:.3f}, precision {precision:.3f} at +-1 frame, {len(true)} cuts")
     assert recall >= 0.95
-    assert precision >= 0.6  # the list lacks the flashes of the battle
+    assert precision >= 0.75  # the list lacks the flashes of the battle
 
 
 def test_synthetic_cuts_are_found(tmp_path: Path) -> None:
@@ -49,6 +49,18 @@ def test_synthetic_cuts_are_found(tmp_path: Path) -> None:
         precision, recall = score(cuts_of(film, settings.fps), true, 0)
         assert precision >= 0.97
         assert recall >= 0.97
+
+
+def test_a_new_layout_in_the_same_colours_is_a_cut_and_a_flash_is_none() -> None:
+    rng = np.random.default_rng(0)
+    one = rng.integers(60, 120, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    other = one[:, ::-1]
+    flash = one + np.uint8(90)
+    finder, cuts = CutFinder(min_shot_ms=400), []
+    for number, picture in enumerate([one] * 20 + [other] * 20 + [one] * 20 + [flash] * 2 + [one] * 20):
+        if finder.feed(number * 40.0, picture).candidate:
+            cuts.append(number)
+    assert cuts == [20, 40]
 
 
 def test_the_strongest_of_close_cuts_stays() -> None:

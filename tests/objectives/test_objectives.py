@@ -161,6 +161,15 @@ def dense_sum(query: Tensor, candidate: Tensor, positive: Tensor, scale: Tensor)
     return F.cross_entropy(scale * query @ candidate.T, positive, reduction="sum")
 
 
+def assert_same_loss(model: LmpForPretraining, got: Tensor, want: Tensor) -> None:
+    """Equal in value and in every parameter's gradient."""
+    torch.testing.assert_close(got, want)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    pairs = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in (got, want)]
+    for name, one, other in zip(names, *pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def tokens(x_PKE: Tensor, chosen_P: Tensor) -> Tensor:
     return x_PKE[chosen_P].flatten(0, 1)
 
@@ -184,7 +193,7 @@ def test_masked_shot_is_the_written_sum() -> None:
             output.scale["masked"],
         )
     term = objective("masked_shot")(output, batch, alone)
-    torch.testing.assert_close(term.total, want)
+    assert_same_loss(model, term.total, want)
     assert term.count == sum(int(batch.masked[name].sum()) * SHAPES[name]["tokens"] for name in SHAPES)
 
 
@@ -200,7 +209,7 @@ def test_alignment_is_the_written_sum() -> None:
         want = want + 0.5 * (dense_sum(x, y, same, scale) + dense_sum(y, x, same, scale))
         rows += len(x)
     term = objective("alignment")(output, batch, alone)
-    torch.testing.assert_close(term.total, want)
+    assert_same_loss(model, term.total, want)
     assert rows > 0 and term.count == rows
 
 
@@ -212,12 +221,12 @@ def test_reconstruction_is_the_written_sum() -> None:
     assert (rows_P != chosen_P).any()
     want = dense_sum(
         tokens(output.reconstructed, rows_P),
-        tokens(output.aligned["video"], chosen_P),
+        tokens(output.aligned["video"].detach(), chosen_P),
         positives(rows_P, chosen_P, 2),
         output.scale["reconstruction"],
     )
     term = objective("reconstruction")(output, batch, alone)
-    torch.testing.assert_close(term.total, want)
+    assert_same_loss(model, term.total, want)
     assert term.count == 2 * int(rows_P.sum())
 
 

@@ -104,8 +104,16 @@ def test_nothing_masked_and_nothing_valid_give_no_rows() -> None:
 
 
 def test_a_large_common_part_does_not_hide_the_answer() -> None:
-    features_PKD = with_opposites([A, NEAR_A, B]) + 50.0
+    # Around the common part the answer has the copied direction; as they stand, the third shot is closer.
+    features_PKD = with_opposites([A, [3.0, 0.0, 0.0], [0.6, 0.8, 0.0]]) + torch.tensor([0.0, 0.0, 50.0])
     pack = view([0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 0, 0, 0, 0])
+    assert hits(features_PKD, pack)["copy"] == [True]
+
+
+def test_a_missing_neighbour_is_not_copied() -> None:
+    # The shot before is missing, so the one behind, as near, is copied.
+    features_PKD = with_opposites([B, [0.0, 0.0, 0.0], A, NEAR_A])
+    pack = view([0] * 4 + [1] * 4, [1, 0, 1, 1] * 2, [0, 0, 1, 0, 0, 0, 0, 0])
     assert hits(features_PKD, pack)["copy"] == [True]
 
 
