@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from lmp.config import Config, load_config
+from lmp.config import load_config
 from lmp.errors import EXIT_AGAIN, EXIT_DONE, EXIT_USER, UserError
 
 GRACE_SECONDS = 20.0
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         command = [sys.executable, "-m", "lmp.cli", "train", str(arguments.config), *arguments.overrides]
         run = arguments.run or Path("runs") / config.name
-        return launch([*command, "--run", str(run), "--resume", arguments.resume], run, config, arguments.processes)
+        return launch([*command, "--run", str(run), "--resume", arguments.resume], run, arguments.processes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
 
 
-def launch(command: Sequence[str], run: Path, config: Config, processes: int) -> int:
+def launch(command: Sequence[str], run: Path, processes: int) -> int:
     """Start `processes` copies of a command as the ranks of one run and wait for them.
 
     Returns:

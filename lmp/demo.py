@@ -87,8 +87,9 @@ def _train_in_two_starts(checkout: Path, shards: Path, run: Path) -> None:
     command = _line("launch.local", config, "-n", PROCESSES, "--run", run, f"data.train=[{shards / 'train'}]")
     if not (run / "DONE").is_file() and _steps_made(run) == 0:
         _show(command)
+        enough = STOP_AFTER * load_config(config).train.steps
         with subprocess.Popen(command, cwd=checkout, env=_environment()) as process:
-            while process.poll() is None and _steps_made(run) < STOP_AFTER * load_config(config).train.steps:
+            while process.poll() is None and _steps_made(run) < enough:
                 time.sleep(0.2)
             print("demo: asking the run to stop (SIGTERM), as a cluster would before preemption", flush=True)
             process.send_signal(signal.SIGTERM)

@@ -65,12 +65,12 @@ def reduce_metrics(
     Returns:
         the means by name; metrics without any row are left out.
     """
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     pairs = [
-        torch.stack([part.detach().to("cpu", torch.float64) for part in local.get(name, (zero, zero))])
+        torch.stack([part.detach().to(device, torch.float64) for part in local.get(name, (zero, zero))])
         for name in names
     ]
     if not pairs:
         return {}
-    table = all_sum(torch.stack(pairs).to(device))
+    table = all_sum(torch.stack(pairs))
     return {name: float(total / count) for name, (total, count) in zip(names, table.cpu(), strict=True) if count > 0}

@@ -24,7 +24,7 @@ def train_flops(config: LmpConfig, packs: Iterable[Sequence[int]]) -> float:
 def _forward(config: LmpConfig, lengths: Sequence[int]) -> float:
     shots = sum(lengths)
     squares = sum(n * n for n in lengths)
-    width, hidden, embed = config.width, round(config.mlp_ratio * config.width), config.contrastive_width
+    width, hidden, embed = config.width, int(config.mlp_ratio * config.width), config.contrastive_width
     tokens = {name: spec["tokens"] for name, spec in config.modalities.items()}
     total = 0.0
     for name, spec in config.modalities.items():
