@@ -57,11 +57,9 @@ def parser() -> argparse.ArgumentParser:
     ingest.add_argument("--overwrite", action="store_true")
     ingest.set_defaults(run=_ingest)
 
-    data = commands.add_parser("data", help="look at shards").add_subparsers(dest="what", required=True)
-    for name, meaning in (("verify", "find damage"), ("stats", "films, shots, modalities")):
-        sub = data.add_parser(name, help=meaning)
-        sub.add_argument("shards", nargs="+", type=Path)
-        sub.set_defaults(run=_data_verify if name == "verify" else _data_stats)
+    from lmp.data import commands as data
+
+    data.register(commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True))
 
     train = commands.add_parser("train", help="pretrain, as one process of a run")
     train.add_argument("config", type=Path)
@@ -118,29 +116,6 @@ def _ingest(arguments: argparse.Namespace) -> int:
     for film, problem, remedy in report.failures:
         print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
     return EXIT_USER if report.failures else EXIT_DONE
-
-
-def _data_verify(arguments: argparse.Namespace) -> int:
-    from lmp.data.index import FilmIndex
-
-    index = FilmIndex.load(arguments.shards, check_sizes=False)
-    faults = index.verify()
-    if faults:
-        raise UserError("; ".join(faults), remedy="copy the shard again from its source, or ingest those films again")
-    print(f"{len(index)} films, {int(index.shots.sum())} shots: no damage, digest {index.digest}")
-    return EXIT_DONE
-
-
-def _data_stats(arguments: argparse.Namespace) -> int:
-    from lmp.data.index import FilmIndex
-
-    index = FilmIndex.load(arguments.shards)
-    shots = index.shots
-    print(f"{len(index)} films, {int(shots.sum())} shots, {shots.min()} to {shots.max()} per film")
-    for name, modality in index.modalities.items():
-        print(f"{name}: {modality.tokens} x {modality.width} {modality.dtype}")
-    print(f"digest {index.digest}")
-    return EXIT_DONE
 
 
 def _train(arguments: argparse.Namespace) -> int:

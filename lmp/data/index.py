@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lmp.data.manifest import (
+    CHECK,
     Column,
     Manifest,
     Modality,
     ShardEntry,
     columns_of,
-    load_index_arrays,
+    load_indexes,
     modalities_from_json,
     read_manifest,
+    row_checks,
 )
-from lmp.data.storage import LocalFiles, ShortReadError
+from lmp.data.storage import Files, Range, ReadError, files_at, join, normal
 from lmp.errors import UserError
 
-_REPAIR = "restore the shard from a copy, or write it again"
+REPAIR = "restore the shard from a copy, write it again, or take the film out with `lmp data quarantine`"
+_ALIGN = 64
 
 
 @dataclass
@@ -38,20 +40,33 @@ class FilmSlice:
         shots_N2: int32 [N, 2] milliseconds.
         features: NAME -> [N, K, D], dtype as stored.
         valid: NAME -> [N] bool.
+        check: int64 [N, 1 + M], see manifest.CHECK.
     """
 
     shots_N2: torch.Tensor
     features: dict[str, torch.Tensor]
     valid: dict[str, torch.Tensor]
+    check: torch.Tensor
 
     @classmethod
-    def empty(cls, modalities: dict[str, Modality], rows: int) -> FilmSlice:
-        """Uninitialised memory for `rows` shots."""
-        tensors = {c.name: torch.empty((rows, *c.row_shape), dtype=c.dtype) for c in columns_of(modalities)}
+    def empty(cls, modalities: dict[str, Modality], rows: int, *, pin: bool = False) -> FilmSlice:
+        """Uninitialised memory for `rows` shots, all tensors in one block (page-locked if `pin`)."""
+        columns = columns_of(modalities)
+        ends = np.cumsum([-(-rows * c.row_bytes // _ALIGN) * _ALIGN for c in columns]).tolist()
+        if pin:
+            block = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+        else:
+            # NumPy asks for huge pages; fresh small ones would cost as much as the reading.
+            block = torch.from_numpy(np.empty(ends[-1], dtype=np.uint8))
+        tensors = {}
+        for column, start in zip(columns, [0, *ends], strict=False):
+            part = block[start : start + rows * column.row_bytes].view(column.dtype)
+            tensors[column.name] = part.view(rows, *column.row_shape)
         return cls(
             shots_N2=tensors["shots"],
             features={name: tensors[name] for name in modalities},
             valid={name: tensors[f"{name}_valid"] for name in modalities},
+            check=tensors[CHECK],
         )
 
     def rows(self, start: int, stop: int) -> FilmSlice:
@@ -60,79 +75,102 @@ class FilmSlice:
             shots_N2=self.shots_N2[start:stop],
             features={name: t[start:stop] for name, t in self.features.items()},
             valid={name: t[start:stop] for name, t in self.valid.items()},
+            check=self.check[start:stop],
         )
 
     def clear(self) -> None:
         """Set everything to zero and False."""
-        for tensor in (self.shots_N2, *self.features.values(), *self.valid.values()):
+        for tensor in (self.shots_N2, *self.features.values(), *self.valid.values(), self.check):
             tensor.zero_()
 
     def column(self, name: str) -> torch.Tensor:
-        """The tensor of the column NAME, NAME_valid or shots."""
+        """The tensor of the column NAME, NAME_valid, shots or check."""
         if name == "shots":
             return self.shots_N2
+        if name == CHECK:
+            return self.check
         return self.features[name] if name in self.features else self.valid[name.removesuffix("_valid")]
+
+
+class Part(NamedTuple):
+    """As many shots as `out` holds, from shot `start` of film number `film` on, wanted in `out`."""
+
+    film: int
+    start: int
+    out: FilmSlice
 
 
 class FilmIndex:
     """All films of one or several folders, numbered 0..F-1 in the order of folders, shards, writing.
 
+    Quarantined films are not among them. Reading is safe from many threads.
+
     Attributes:
         keys: the films' keys, all different.
         shots: int64 [F], shots of each film.
         modalities: NAME -> Modality, the same in every folder.
+        columns: the tensors of a film.
         digest: names the data: another digest, other data (or another order).
         shard_of: int64 [F], number of the shard of each film, into `shards`.
-        shards: paths of the shards.
+        folder_of: int64 [F], number of the folder of each film.
+        shards: locations of the shards.
+        entries: the shards' lines in their manifests.
+        folders: locations of the folders.
         manifests: one per folder.
     """
 
-    def __init__(self, folders: Sequence[Path], manifests: list[Manifest]) -> None:
+    def __init__(self, folders: list[str], manifests: list[Manifest]) -> None:
         """Use FilmIndex.load."""
-        self.manifests = manifests
+        self.folders, self.manifests = folders, manifests
         self.modalities = modalities_from_json(manifests[0]["modalities"])
         self.columns = columns_of(self.modalities)
         self.digest = _joint_digest(manifests)
         self.entries: list[ShardEntry] = [s for m in manifests for s in m["shards"]]
-        self.shards = [f / s["name"] for f, m in zip(folders, manifests, strict=True) for s in m["shards"]]
-        arrays = [
-            load_index_arrays(p.with_name(s["index"]), s["index_sha256"])
-            for p, s in zip(self.shards, self.entries, strict=True)
-        ]
-        self.keys: list[str] = [str(k) for a in arrays for k in a["keys"]]
-        self.shots: np.ndarray = np.concatenate([a["shots"] for a in arrays])
-        self.shard_of: np.ndarray = np.repeat(np.arange(len(arrays)), [len(a["keys"]) for a in arrays])
-        self._offset_FC = self._in_column_order(arrays, "offset")
-        self._crc32_FC = self._in_column_order(arrays, "crc32")
-        self._info_F3 = np.concatenate([a["info"] for a in arrays])
-        self._files = LocalFiles()
+        self.shards = [join(f, s["name"]) for f, m in zip(folders, manifests, strict=True) for s in m["shards"]]
+        arrays = [a for f, m in zip(folders, manifests, strict=True) for a in load_indexes(f, m["shards"])]
+        lengths = [len(a["keys"]) for a in arrays]
+        folder_of_shard = np.repeat(np.arange(len(folders)), [len(m["shards"]) for m in manifests])
+        keys = np.array([str(k) for a in arrays for k in a["keys"]], dtype=object)
+        out = {key for m in manifests for key in m["quarantined"]}
+        kept = np.array([key not in out for key in keys], dtype=bool) if out else np.ones(len(keys), dtype=bool)
+        self.keys: list[str] = keys[kept].tolist()
+        self.shots: np.ndarray = np.concatenate([a["shots"] for a in arrays])[kept]
+        self.shard_of: np.ndarray = np.repeat(np.arange(len(arrays)), lengths)[kept]
+        self.folder_of: np.ndarray = folder_of_shard[self.shard_of]
+        self._offset_FC = self._in_column_order(arrays, "offset")[kept]
+        self._crc32_FC = self._in_column_order(arrays, "crc32")[kept]
+        self._info_F3 = np.concatenate([a["info"] for a in arrays])[kept]
+        self._files: list[Files] = [files_at(folders[n]) for n in folder_of_shard.tolist()]
+        self._check_column = {name: 1 + n for n, name in enumerate(sorted(self.modalities))}
 
     @classmethod
-    def load(cls, folders: Path | Sequence[Path], *, check_sizes: bool = True) -> FilmIndex:
+    def load(cls, folders: Path | str | Sequence[Path | str], *, check_sizes: bool = True) -> FilmIndex:
         """Read the manifests and indexes; no feature is read.
 
         Args:
-            folders: one folder of shards, or several taken together.
+            folders: one folder of shards (a path or URL), or several taken together.
             check_sizes: compare every shard's size with its manifest; False is for verify() on damaged data.
 
         Raises:
             UserError: a folder, manifest, index or shard is missing or damaged; the modalities of two folders
-                differ; a key occurs twice.
+                differ; a key occurs twice; every film is quarantined.
         """
-        listed = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
+        listed = [normal(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
         if not listed:
             raise UserError("no folder of film shards is given", remedy="give at least one")
         manifests = [read_manifest(folder) for folder in listed]
         for folder, manifest in zip(listed[1:], manifests[1:], strict=True):
             _check_same(listed[0], manifests[0], folder, manifest)
         index = cls(listed, manifests)
-        if check_sizes and (faults := [f for s in range(len(index.shards)) if (f := index._size_fault(s))]):
-            raise UserError("; ".join(faults[:5]), remedy=_REPAIR)
+        if check_sizes and (faults := [f for f in index.size_faults() if f]):
+            raise UserError("; ".join(faults[:5]), remedy=REPAIR)
         if twice := [key for key, count in Counter(index.keys).items() if count > 1]:
             raise UserError(
-                f"film {twice[0]} occurs twice in {', '.join(map(str, listed))}",
+                f"film {twice[0]} occurs twice in {', '.join(listed)}",
                 remedy="give every film once",
             )
+        if not len(index):
+            raise UserError(f"every film of {', '.join(listed)} is quarantined", remedy="give other shards")
         return index
 
     def __len__(self) -> int:
@@ -142,106 +180,153 @@ class FilmIndex:
         """The film's KEY.json."""
         offset, size, _ = self._info_F3[film].tolist()
         buffer = bytearray(size)
-        self._read_range(film, "info", offset, memoryview(buffer))
+        wanted = Range(self.shards[self.shard_of[film]], offset, memoryview(buffer), (film, "info"))
+        self._read([wanted], lambda _: None)
         try:
             return json.loads(buffer)
         except ValueError as error:
-            raise UserError(f"{self._place(film, 'info')} is not JSON", remedy=_REPAIR) from error
+            raise UserError(f"{self.place(film, 'info')} is not JSON", remedy=REPAIR) from error
 
     def read(self, film: int, start: int, stop: int) -> FilmSlice:
         """Shots [start, stop) of a film; reads just those rows.
 
         Raises:
-            UserError: the shard is gone or too short; names shard, film and modality.
+            UserError: the shard is gone, too short or holds other bytes than were written; names shard, film and
+                modality.
             ValueError: start and stop are no range of the film's shots.
         """
+        self._check_range(film, start, stop)
         out = FilmSlice.empty(self.modalities, stop - start)
-        self.read_into(film, start, out)
+        self.read_parts([Part(film, start, out)])
         return out
 
-    def read_into(self, film: int, start: int, out: FilmSlice) -> None:
-        """As `read`, from `start` on into memory that is there already, as many shots as it holds."""
-        stop = start + len(out.shots_N2)
-        if not 0 <= start < stop <= self.shots[film]:
-            raise ValueError(f"film {self.keys[film]} has {self.shots[film]} shots, not [{start}, {stop})")
-        for column, offset in zip(self.columns, self._offset_FC[film].tolist(), strict=True):
-            buffer = _bytes_of(out.column(column.name))
-            self._read_range(film, column.modality, offset + start * column.row_bytes, buffer)
+    def read_parts(self, parts: Sequence[Part], *, only: Sequence[str] | None = None) -> None:
+        """As `read`, any number of ranges into memory that is there already; what is far away is asked for at once.
 
-    def verify(self) -> list[str]:
-        """Read everything and name every fault: size and sha256 per shard, crc32 per film and tensor, NaN.
-
-        Load with check_sizes=False to have it look at shards that are cut or missing.
+        Args:
+            parts: what is wanted.
+            only: read these columns and no others; their bytes are not checked.
         """
-        return [fault for shard in range(len(self.shards)) for fault in self._verify_shard(shard)]
+        ranges: list[Range] = []
+        for part in parts:
+            self._check_range(part.film, part.start, part.start + len(part.out.shots_N2))
+            shard = self.shards[self.shard_of[part.film]]
+            for column, offset in zip(self.columns, self._offset_FC[part.film].tolist(), strict=True):
+                if offset >= 0 and (only is None or column.name in only):
+                    buffer = _bytes_of(part.out.column(column.name))
+                    ranges.append(
+                        Range(shard, offset + part.start * column.row_bytes, buffer, (part.film, column, part))
+                    )
+        if only is not None:
+            return self._read(ranges, lambda _: None)
+        # Local ranges come one after another, so rows are checked while the processor's cache still holds them, and
+        # the small columns, which come first, are there by then. Remote ones come in any order.
+        if all(self._files[self.shard_of[part.film]] is files_at("") for part in parts):
+            return self._read(ranges, lambda done: self._check(done.tag[2], done.tag[1]))
+        self._read(ranges, lambda _: None)
+        for done in ranges:
+            self._check(done.tag[2], done.tag[1])
+        return None
 
-    def _verify_shard(self, shard: int) -> Iterator[str]:
-        if fault := self._size_fault(shard):
-            yield fault
-        if not self.shards[shard].is_file():
-            return
-        if not fault and _sha256_of(self.shards[shard]) != self.entries[shard]["sha256"]:
-            yield f"{self.shards[shard]}: sha256 differs from the manifest"
-        for film in np.flatnonzero(self.shard_of == shard).tolist():
-            yield from self._verify_film(film)
+    def checked(self, film: int) -> bool:
+        """Whether the film's shots carry checksums, so that reading sees every changed bit."""
+        return bool(self._offset_FC[film, 0] >= 0)
 
-    def _verify_film(self, film: int) -> Iterator[str]:
+    def size_faults(self) -> list[str | None]:
+        """For each shard what is wrong with its size, None if nothing is."""
+        sizes: list[int | None] = []
+        for folder, manifest in zip(self.folders, self.manifests, strict=True):
+            sizes += files_at(folder).sizes([join(folder, s["name"]) for s in manifest["shards"]])
+        faults: list[str | None] = []
+        for path, entry, size in zip(self.shards, self.entries, sizes, strict=True):
+            if size is None:
+                faults.append(f"{path} is missing")
+            elif size != entry["bytes"]:
+                faults.append(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
+            else:
+                faults.append(None)
+        return faults
+
+    def stored(self, film: int) -> list[tuple[str, int, int, int | None]]:
+        """Where the film's bytes lie in its shard: (name, offset, bytes, crc32) of KEY.json (as `info`) and columns."""
         offset, size, crc32 = self._info_F3[film].tolist()
-        info = bytearray(size)
-        if fault := self._checked_read(film, "info", offset, memoryview(info), crc32):
-            yield fault
+        found: list[tuple[str, int, int, int | None]] = [("info", offset, size, _known(crc32))]
         for number, column in enumerate(self.columns):
-            rows = torch.empty((int(self.shots[film]), *column.row_shape), dtype=column.dtype)
-            offset, crc32 = int(self._offset_FC[film, number]), int(self._crc32_FC[film, number])
-            if fault := self._checked_read(film, column.name, offset, _bytes_of(rows), crc32):
-                yield fault
-            elif column.dtype.is_floating_point and not torch.isfinite(rows).all():
-                yield f"{self._place(film, column.name)}: holds NaN or infinity"
+            if (start := int(self._offset_FC[film, number])) >= 0:
+                rows_bytes = int(self.shots[film]) * column.row_bytes
+                found.append((column.name, start, rows_bytes, _known(int(self._crc32_FC[film, number]))))
+        return found
 
-    def _checked_read(self, film: int, what: str, offset: int, buffer: memoryview, crc32: int) -> str | None:
-        try:
-            self._files.read_into(self.shards[self.shard_of[film]], offset, buffer)
-        except (ShortReadError, OSError) as error:
-            return f"{self._place(film, what)}: {error}"
-        return None if zlib.crc32(buffer) == crc32 else f"{self._place(film, what)}: crc32 differs"
+    def files_of(self, shard: int) -> Files:
+        """The storage that holds a shard."""
+        return self._files[shard]
 
-    def _read_range(self, film: int, what: str, offset: int, buffer: memoryview) -> None:
-        try:
-            self._files.read_into(self.shards[self.shard_of[film]], offset, buffer)
-        except (ShortReadError, FileNotFoundError) as error:
-            raise UserError(f"{self._place(film, what)}: {error}", remedy=_REPAIR) from error
-
-    def _place(self, film: int, what: str) -> str:
+    def place(self, film: int, what: str) -> str:
+        """How messages name a part of a film."""
         return f"{self.shards[self.shard_of[film]]}, film {self.keys[film]}, {what}"
 
-    def _size_fault(self, shard: int) -> str | None:
+    def _check_range(self, film: int, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= self.shots[film]:
+            raise ValueError(f"film {self.keys[film]} has {self.shots[film]} shots, not [{start}, {stop})")
+
+    def _check(self, part: Part, column: Column) -> None:
+        """Hold the rows of a column against their checksums.
+
+        Raises:
+            UserError: they differ; names shard, film, modality and shot.
+        """
+        if not self.checked(part.film):
+            return
+        out = part.out
+        if column.name == "shots":
+            number, found_N = 0, row_checks(out.shots_N2.numpy())
+        elif column.name in self._check_column:
+            number = self._check_column[column.name]
+            rows = out.features[column.name].view(torch.uint8).numpy()
+            found_N = row_checks(rows, out.valid[column.name].view(torch.uint8).numpy())
+        else:
+            return
+        wrong_N = found_N != out.check[:, number].numpy()
+        if wrong_N.any():
+            shot = part.start + int(wrong_N.argmax())
+            raise UserError(
+                f"{self.place(part.film, column.modality)}: the bytes of shot {shot} are not those written",
+                remedy=REPAIR,
+            )
+
+    def _read(self, ranges: Sequence[Range], done: Callable[[Range], None]) -> None:
+        groups: dict[int, tuple[Files, list[Range]]] = {}
+        for wanted in ranges:
+            files = self._files[self.shard_of[wanted.tag[0]]]
+            groups.setdefault(id(files), (files, []))[1].append(wanted)
         try:
-            size = self.shards[shard].stat().st_size
-        except FileNotFoundError:
-            return f"{self.shards[shard]} is missing"
-        wanted = self.entries[shard]["bytes"]
-        return None if size == wanted else f"{self.shards[shard]} has {size} bytes, its manifest says {wanted}"
+            for files, group in groups.values():
+                files.read(group, done)
+        except ReadError as error:
+            film, what = error.range.tag[:2]
+            name = what.modality if isinstance(what, Column) else what
+            raise UserError(f"{self.place(film, name)}: {error.problem}", remedy=REPAIR) from error
 
     def _in_column_order(self, arrays: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
-        """[F, C] in the order of self.columns, whatever the order in each shard."""
+        """int64 [F, C] in the order of self.columns, whatever the order in each shard; -1 where a shard has none."""
         parts = []
         for array in arrays:
             place = {str(c): i for i, c in enumerate(array["columns"])}
-            parts.append(array[name][:, [place[c.name] for c in self.columns]])
+            part_FC = np.full((len(array["keys"]), len(self.columns)), -1, dtype=np.int64)
+            for number, column in enumerate(self.columns):
+                if column.name in place and name in array:
+                    part_FC[:, number] = array[name][:, place[column.name]]
+            parts.append(part_FC)
         return np.concatenate(parts)
+
+
+def _known(crc32: int) -> int | None:
+    return None if crc32 < 0 else crc32
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor, flat and writable."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _joint_digest(manifests: list[Manifest]) -> str:
@@ -250,7 +335,7 @@ def _joint_digest(manifests: list[Manifest]) -> str:
     return hashlib.sha256("\n".join(m["digest"] for m in manifests).encode()).hexdigest()
 
 
-def _check_same(first: Path, wanted: Manifest, folder: Path, found: Manifest) -> None:
+def _check_same(first: str, wanted: Manifest, folder: str, found: Manifest) -> None:
     """Raise UserError with every modality in which two folders differ."""
     names = list(wanted["modalities"] | found["modalities"])
     differing = [n for n in names if wanted["modalities"].get(n) != found["modalities"].get(n)]
@@ -263,4 +348,4 @@ def _check_same(first: Path, wanted: Manifest, folder: Path, found: Manifest) ->
         raise UserError("; ".join(lines), remedy="give folders whose features come from the same encoders")
 
 
-__all__ = ["Column", "FilmIndex", "FilmSlice", "Modality"]
+__all__ = ["Column", "FilmIndex", "FilmSlice", "Modality", "Part"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lmp.data.index import FilmIndex, FilmSlice
+from lmp.data.index import FilmIndex, FilmSlice, Part
 from lmp.data.plan import EpochPlan, Pack, PlanSettings, deal, plan
 from lmp.errors import UserError
 
@@ -190,6 +190,7 @@ def read_pack(index: FilmIndex, pack: Pack, slot: int, *, start: int, stop: int)
     shot_P = torch.zeros(rows, dtype=torch.int64)
     position_P = torch.empty(rows, dtype=torch.int64)
     segment_P = torch.empty(rows, dtype=torch.int64)
+    parts: list[Part] = []
     segment_start = 0
     for segment, length in enumerate(pack.lengths):
         first, last = max(segment_start, start), min(segment_start + length, stop)
@@ -203,10 +204,11 @@ def read_pack(index: FilmIndex, pack: Pack, slot: int, *, start: int, stop: int)
                 first_shot = window.start + first - segment_start
                 film_P[here] = window.film
                 shot_P[here] = torch.arange(first_shot, first_shot + last - first)
-                index.read_into(window.film, first_shot, part)
+                parts.append(Part(window.film, first_shot, part))
             else:
                 part.clear()
         segment_start += length
+    index.read_parts(parts)
     return PackBatch(
         slot=slot,
         lengths=pack.lengths,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -13,11 +14,15 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import torch
 
+from lmp.data.storage import files_at, join, normal
 from lmp.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "lmp-film-shards"
-VERSION = 1
+VERSION = 2
+
+CHECK = "check"
+"""Name of the tensor [S, 1 + M] int64 of checksums per shot: of its times, then of each modality by sorted name."""
 
 FEATURE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,11 +52,15 @@ class Column:
 
 
 class ShardEntry(TypedDict):
-    """A shard as the manifest lists it; `name` and `index` are file names in the manifest's folder."""
+    """A shard as the manifest lists it; `name` and `index` are file names in the manifest's folder.
+
+    `films` and `shots` count what the tar holds, quarantined films too. `sha256` is None where an index was built
+    from headers alone.
+    """
 
     name: str
     bytes: int
-    sha256: str
+    sha256: str | None
     films: int
     shots: int
     index: str
@@ -59,7 +68,11 @@ class ShardEntry(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json. `cleared` counts, per modality, the shots zeroed for holding NaN or infinity."""
+    """manifest.json.
+
+    `cleared` counts, per modality, the shots zeroed for holding NaN or infinity. `quarantined` gives the reason for
+    each film, by key, that lies in the shards but is not to be read.
+    """
 
     format: str
     version: int
@@ -69,16 +82,43 @@ class Manifest(TypedDict):
     films: int
     shots: int
     cleared: dict[str, int]
+    quarantined: dict[str, str]
     digest: str
 
 
 def columns_of(modalities: Mapping[str, Modality]) -> list[Column]:
-    """The tensors of every film record: shots, then NAME and NAME_valid per modality."""
-    columns = [Column("shots", "shots", (2,), torch.int32)]
-    for m in modalities.values():
-        columns.append(Column(m.name, m.name, (m.tokens, m.width), FEATURE_DTYPES[m.dtype]))
-        columns.append(Column(f"{m.name}_valid", m.name, (), torch.bool))
-    return columns
+    """The tensors of every film record: check, shots, NAME_valid and NAME per modality; features come last."""
+    return [
+        Column(CHECK, CHECK, (1 + len(modalities),), torch.int64),
+        Column("shots", "shots", (2,), torch.int32),
+        *(Column(f"{m.name}_valid", m.name, (), torch.bool) for m in modalities.values()),
+        *(Column(m.name, m.name, (m.tokens, m.width), FEATURE_DTYPES[m.dtype]) for m in modalities.values()),
+    ]
+
+
+_NEVER_ZERO = 0x9E3779B97F4A7C15
+_VALID = 0xBF58476D1CE4E5B9
+
+
+def row_checks(rows: np.ndarray, valid_N: np.ndarray | None = None) -> np.ndarray:
+    """The checksum of each shot's bytes: their sum as words, so that any single changed word is seen.
+
+    A word is the longest of 8, 4, 2 and 1 bytes that divides a row. What is added beside keeps rows of zeros from
+    having the checksum zero, and covers the valid bit.
+
+    Args:
+        rows: [N, ...] contiguous, of any dtype.
+        valid_N: uint8 or bool [N].
+
+    Returns:
+        int64 [N]; the sum modulo 2^64.
+    """
+    bytes_NB = rows.reshape(len(rows), -1).view(np.uint8)
+    word = next(w for w in (8, 4, 2, 1) if bytes_NB.shape[1] % w == 0)
+    sum_N = bytes_NB.view(f"<u{word}").sum(axis=1, dtype=np.uint64) + np.uint64(_NEVER_ZERO)
+    if valid_N is not None:
+        sum_N += valid_N.view(np.uint8).astype(np.uint64) * np.uint64(_VALID)
+    return sum_N.view(np.int64)
 
 
 def modalities_to_json(modalities: Mapping[str, Modality]) -> dict[str, dict[str, Any]]:
@@ -97,19 +137,22 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check FOLDER/manifest.json.
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check FOLDER/manifest.json; the folder may be a URL.
 
     Raises:
-        UserError: no such folder, no manifest in it, or one that is cut, edited or of another format.
+        UserError: no manifest there, or one that is cut, edited or of another format.
     """
-    path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", remedy="give the folder that holds the film shards")
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {MANIFEST_NAME}", remedy="run `lmp ingest` first")
+    folder = normal(folder)
+    path = join(folder, MANIFEST_NAME)
+    (data,) = files_at(folder).contents([path])
+    if data is None:
+        raise UserError(
+            f"{folder} holds no {MANIFEST_NAME}",
+            remedy="give a folder of film shards: `lmp ingest` writes one, `lmp data index` makes one of other tars",
+        )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(data)
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON: {error}", remedy="restore it from a copy") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -124,18 +167,25 @@ def read_manifest(folder: Path) -> Manifest:
     return cast(Manifest, manifest)
 
 
-def load_index_arrays(path: Path, sha256: str) -> dict[str, np.ndarray]:
-    """Read the index beside a shard.
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The file's content."""
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def load_indexes(folder: str, shards: list[ShardEntry]) -> list[dict[str, np.ndarray]]:
+    """Read the indexes beside the shards of a folder.
 
     Raises:
-        UserError: it is missing, or its bytes are not those that the manifest lists.
+        UserError: one is missing, or its bytes are not those that the manifest lists.
     """
     remedy = "restore the index from a copy, or write the shards again"
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError as error:
-        raise UserError(f"index {path} is missing", remedy=remedy) from error
-    if found != sha256:
-        raise UserError(f"index {path} differs from what its manifest lists", remedy=remedy)
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    paths = [join(folder, s["index"]) for s in shards]
+    arrays = []
+    for path, shard, data in zip(paths, shards, files_at(folder).contents(paths), strict=True):
+        if data is None:
+            raise UserError(f"index {path} is missing", remedy=remedy)
+        if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
+            raise UserError(f"index {path} differs from what its manifest lists", remedy=remedy)
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            arrays.append(dict(found))
+    return arrays

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lmp.data.manifest import FEATURE_DTYPES, Modality, modalities_to_json
+from lmp.data.manifest import CHECK, FEATURE_DTYPES, Modality, modalities_to_json, row_checks
 from lmp.errors import UserError
 
 # No dot, for webdataset cuts keys there; at most 80, so that KEY.safetensors fits a ustar header.
@@ -28,6 +28,7 @@ class FilmRecord:
         shots_S2: int32 [S, 2], start and end of each shot in milliseconds, [start, end), in order of time.
         features: NAME -> [S, K, D], float16 or bfloat16; float32 is stored as float16.
         valid: NAME -> [S] bool, False where the shot has nothing in this modality.
+        cleared: NAME -> shots that had been zeroed for NaN or infinity already when the film was read.
     """
 
     key: str
@@ -35,6 +36,7 @@ class FilmRecord:
     shots_S2: np.ndarray
     features: dict[str, torch.Tensor]
     valid: dict[str, torch.Tensor]
+    cleared: dict[str, int] = field(default_factory=dict)
 
 
 def check_film(
@@ -57,16 +59,27 @@ def check_film(
     modalities: dict[str, Modality] = {}
     cleared: dict[str, int] = {}
     for name in film.features:
-        if not _NAME_PATTERN.fullmatch(name) or name == "shots" or name.endswith("_valid"):
+        if not _NAME_PATTERN.fullmatch(name) or name in ("shots", CHECK) or name.endswith("_valid"):
             raise UserError(
                 f"film {film.key}: {name!r} cannot name a modality",
-                remedy="use a letter, then letters, digits and _; not `shots`, not ending in `_valid`",
+                remedy="use a letter, then letters, digits and _; not `shots` or `check`, not ending in `_valid`",
             )
-        features_SKD, valid_S, cleared[name] = _checked_modality(film, name)
+        features_SKD, valid_S, bad = _checked_modality(film, name)
+        cleared[name] = film.cleared.get(name, 0) + bad
         tensors[name], tensors[f"{name}_valid"] = features_SKD, valid_S
         dtype = str(features_SKD.dtype).removeprefix("torch.")
         modalities[name] = Modality(name, features_SKD.shape[1], features_SKD.shape[2], dtype)
+    tensors[CHECK] = _checks(tensors, sorted(modalities))
     return tensors, modalities, cleared
+
+
+def _checks(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    """[S, 1 + M] int64, see manifest.CHECK."""
+    columns = [row_checks(tensors["shots"].numpy())]
+    for name in names:
+        rows = tensors[name].flatten(1).view(torch.uint8).numpy()
+        columns.append(row_checks(rows, tensors[f"{name}_valid"].numpy()))
+    return torch.from_numpy(np.stack(columns, axis=1))
 
 
 def _checked_shots(key: str, shots_S2: np.ndarray) -> torch.Tensor:
@@ -131,9 +144,16 @@ def _describe(modality: Modality | None) -> str:
     return f"{modality.dtype} [S, {modality.tokens}, {modality.width}]"
 
 
-def film_json(film: FilmRecord, modalities: dict[str, Modality], encoders: dict[str, dict[str, Any]]) -> bytes:
+def film_json(
+    film: FilmRecord,
+    modalities: dict[str, Modality],
+    encoders: dict[str, dict[str, Any]],
+    cleared: dict[str, int],
+) -> bytes:
+    """KEY.json: the film's own facts beside what the writer knows of it."""
     own = {
         "key": film.key,
+        "cleared": cleared,
         "shots": len(film.shots_S2),
         "modalities": modalities_to_json(modalities),
         "encoders": encoders,

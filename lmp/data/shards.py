@@ -32,6 +32,7 @@ from lmp.data.manifest import (
     Modality,
     ShardEntry,
     columns_of,
+    manifest_bytes,
     manifest_digest,
     modalities_to_json,
     read_manifest,
@@ -118,7 +119,7 @@ class ShardWriter:
                 f"encoders name {unknown}, but film {film.key} has only {sorted(modalities)}",
                 remedy="name the encoders after the modalities",
             )
-        info = film_json(film, modalities, self._encoders)
+        info = film_json(film, modalities, self._encoders, cleared)
         try:
             self._append(film.key, len(film.shots_S2), info, tensors, modalities)
         except BaseException:
@@ -202,6 +203,7 @@ class ShardWriter:
             "films": sum(s["films"] for s in self._shards),
             "shots": sum(s["shots"] for s in self._shards),
             "cleared": {name: self._cleared.get(name, 0) for name in self._modalities},
+            "quarantined": {},
             "digest": "",
         }
         manifest["digest"] = manifest_digest(manifest)
@@ -219,7 +221,7 @@ class ShardWriter:
             (self._staging / name).replace(self._folder / name)
         os.fsync(lock)
         staged = self._staging / MANIFEST_NAME
-        _write_synced(staged, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        _write_synced(staged, manifest_bytes(manifest))
         staged.replace(self._folder / MANIFEST_NAME)
         os.fsync(lock)
 

@@ -16,6 +16,7 @@ import webdataset
 
 from lmp.data.index import FilmIndex
 from lmp.data.shards import FilmRecord, ShardWriter
+from lmp.data.verify import verify
 from lmp.errors import UserError
 
 Make = Callable[..., Any]
@@ -41,7 +42,7 @@ def test_plain_webdataset_reads_the_shards(folder: Path, films: list[FilmRecord]
         assert info["modalities"]["audio"] == {"tokens": 2, "width": 4, "dtype": "bfloat16"}
         assert info["encoders"]["video"]["name"] == "toy"
         tensors = safetensors.torch.load(sample["safetensors"])
-        assert sorted(tensors) == ["audio", "audio_valid", "shots", "video", "video_valid"]
+        assert sorted(tensors) == ["audio", "audio_valid", "check", "shots", "video", "video_valid"]
         np.testing.assert_array_equal(tensors["shots"].numpy(), film.shots_S2)
         for name in film.features:
             assert torch.equal(tensors[name], film.features[name])
@@ -153,10 +154,10 @@ def test_a_film_that_does_not_fit_is_refused_and_leaves_the_writer_usable(
             writer.write(bad)
         writer.write(film("c", 5))
     index = FilmIndex.load(tmp_path / "s")
-    assert index.keys == ["a", "c"] and index.verify() == []
+    assert index.keys == ["a", "c"] and list(verify(index)) == []
 
 
-@pytest.mark.parametrize("name", ["shots", "video_valid", "a-b", "1a", ""])
+@pytest.mark.parametrize("name", ["shots", "check", "video_valid", "a-b", "1a", ""])
 def test_modality_names_that_would_clash_are_refused(tmp_path: Path, film: Make, name: str) -> None:
     bad = film("a", 2)
     bad.features[name], bad.valid[name] = bad.features["video"], bad.valid["video"]
@@ -234,7 +235,7 @@ def test_two_writers_do_not_share_a_folder_and_leftovers_of_a_killed_one_go(tmp_
         writer.write(film("a", 2))
         with pytest.raises(UserError, match="another process is writing"):
             ShardWriter(folder, encoders={})
-    assert FilmIndex.load(folder).verify() == []
+    assert list(verify(FilmIndex.load(folder))) == []
     assert not (folder / ".lmp-writing").exists()
 
 
