@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from lmp.errors import EXIT_DONE, EXIT_USER
+from lmp.errors import EXIT_DONE, UserError
+
+_NAMED = 5
 
 
 def register(data: Any) -> None:
@@ -28,10 +29,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     index = FilmIndex.load(arguments.shards, check_sizes=False)
     faults = list(verify(index))
     for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
+        print(fault)
     if faults:
-        print("-> copy the shard again from its source, or `lmp data quarantine` those films", file=sys.stderr)
-        return EXIT_USER
+        more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise UserError(
+            "; ".join(map(str, faults[:_NAMED])) + more,
+            remedy="copy the shard again from its source, or take those films out with `lmp data quarantine`",
+        )
     print(f"{len(index)} films, {int(index.shots.sum())} shots: no damage, digest {index.digest}")
     return EXIT_DONE
 
