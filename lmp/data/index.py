@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,10 +179,12 @@ class FilmIndex:
 
     def info(self, film: int) -> dict[str, Any]:
         """The film's KEY.json."""
-        offset, size, _ = self._info_F3[film].tolist()
+        offset, size, crc32 = self._info_F3[film].tolist()
         buffer = bytearray(size)
         wanted = Range(self.shards[self.shard_of[film]], offset, memoryview(buffer), (film, "info"))
         self._read([wanted], lambda _: None)
+        if _known(crc32) is not None and zlib.crc32(buffer) != crc32:
+            raise UserError(f"{self.place(film, 'info')}: the bytes are not those written", remedy=REPAIR)
         try:
             return json.loads(buffer)
         except ValueError as error:
@@ -222,10 +225,10 @@ class FilmIndex:
         # Local ranges come one after another, so rows are checked while the processor's cache still holds them, and
         # the small columns, which come first, are there by then. Remote ones come in any order.
         if all(self._files[self.shard_of[part.film]] is files_at("") for part in parts):
-            return self._read(ranges, lambda done: self._check(done.tag[2], done.tag[1]))
+            return self._read(ranges, lambda done: self.check_rows(done.tag[2], done.tag[1]))
         self._read(ranges, lambda _: None)
         for done in ranges:
-            self._check(done.tag[2], done.tag[1])
+            self.check_rows(done.tag[2], done.tag[1])
         return None
 
     def checked(self, film: int) -> bool:
@@ -233,13 +236,16 @@ class FilmIndex:
         return bool(self._offset_FC[film, 0] >= 0)
 
     def size_faults(self) -> list[str | None]:
-        """For each shard what is wrong with its size, None if nothing is."""
+        """For each shard what is wrong with its size, None if nothing is or if every film of it is quarantined."""
+        needed = set(self.shard_of.tolist())
         sizes: list[int | None] = []
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
             sizes += files_at(folder).sizes([join(folder, s["name"]) for s in manifest["shards"]])
         faults: list[str | None] = []
-        for path, entry, size in zip(self.shards, self.entries, sizes, strict=True):
-            if size is None:
+        for shard, (path, entry, size) in enumerate(zip(self.shards, self.entries, sizes, strict=True)):
+            if shard not in needed:
+                faults.append(None)
+            elif size is None:
                 faults.append(f"{path} is missing")
             elif size != entry["bytes"]:
                 faults.append(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
@@ -269,7 +275,7 @@ class FilmIndex:
         if not 0 <= start < stop <= self.shots[film]:
             raise ValueError(f"film {self.keys[film]} has {self.shots[film]} shots, not [{start}, {stop})")
 
-    def _check(self, part: Part, column: Column) -> None:
+    def check_rows(self, part: Part, column: Column) -> None:
         """Hold the rows of a column against their checksums.
 
         Raises:
