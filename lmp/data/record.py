@@ -15,7 +15,7 @@ from lmp.errors import UserError
 
 # No dot, for webdataset cuts keys there; at most 80, so that KEY.safetensors fits a ustar header.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 @dataclass
@@ -48,7 +48,7 @@ def check_film(
             f"film key {film.key!r} cannot name a sample",
             remedy="use letters, digits, _ and - only, at most 80 of them",
         )
-    tensors = {"shots": _checked_shots(film.key, film.shots_S2)}
+    tensors = {"shots": check_shots(film.key, film.shots_S2)}
     if not film.features:
         raise UserError(f"film {film.key} has no modality", remedy="give features of at least one")
     if set(film.features) != set(film.valid):
@@ -59,7 +59,7 @@ def check_film(
     modalities: dict[str, Modality] = {}
     cleared: dict[str, int] = {}
     for name in film.features:
-        if not _NAME_PATTERN.fullmatch(name) or name in ("shots", CHECK) or name.endswith("_valid"):
+        if not NAME_PATTERN.fullmatch(name) or name in ("shots", CHECK) or name.endswith("_valid"):
             raise UserError(
                 f"film {film.key}: {name!r} cannot name a modality",
                 remedy="use a letter, then letters, digits and _; not `shots` or `check`, not ending in `_valid`",
@@ -82,7 +82,12 @@ def _checks(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
     return torch.from_numpy(np.stack(columns, axis=1))
 
 
-def _checked_shots(key: str, shots_S2: np.ndarray) -> torch.Tensor:
+def check_shots(key: str, shots_S2: np.ndarray) -> torch.Tensor:
+    """The shots as a tensor of their own.
+
+    Raises:
+        UserError: they are not int32 [S, 2], none, empty, before 0 or not in order of time.
+    """
     if shots_S2.ndim != 2 or shots_S2.shape[1] != 2 or len(shots_S2) == 0 or shots_S2.dtype != np.int32:
         raise UserError(
             f"film {key}: shots are {shots_S2.dtype} {list(shots_S2.shape)}",

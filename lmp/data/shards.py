@@ -6,7 +6,6 @@ end, manifest last, so a folder with a manifest is always whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,30 +18,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
 from lmp.data.manifest import (
-    FORMAT,
     MANIFEST_NAME,
-    VERSION,
-    Column,
     Manifest,
     Modality,
     ShardEntry,
-    columns_of,
-    manifest_bytes,
-    manifest_digest,
-    modalities_to_json,
     read_manifest,
 )
+from lmp.data.publish import STAGING, IndexRows, lock_folder, make_manifest, publish
 from lmp.data.record import KEY_PATTERN, FilmRecord, check_film, check_same_modalities, film_json
 from lmp.errors import UserError
 
 __all__ = ["FilmRecord", "Manifest", "Modality", "ShardWriter"]
 
-_STAGING = ".lmp-writing"
 _BLOCK = 512
 
 
@@ -90,8 +81,8 @@ class ShardWriter:
                 f"{self._folder} already holds {old[0].name}",
                 remedy="give an empty folder, or ask for overwriting",
             )
-        self._lock: int | None = _lock_folder(self._folder)
-        self._staging = self._folder / _STAGING
+        self._lock: int | None = lock_folder(self._folder)
+        self._staging = self._folder / STAGING
         shutil.rmtree(self._staging, ignore_errors=True)  # left by a killed writer: the lock is ours
         self._staging.mkdir()
         self._modalities: dict[str, Modality] = {}
@@ -142,8 +133,14 @@ class ShardWriter:
             self._finish_shard()
             if not self._shards:
                 raise UserError(f"no film was written into {self._folder}", remedy="give at least one film")
-            manifest = self._manifest()
-            self._publish(manifest, self._lock)
+            manifest = make_manifest(self._modalities, self._shards, encoders=self._encoders, cleared=self._cleared)
+            publish(
+                self._folder,
+                self._lock,
+                names=[name for s in self._shards for name in (s["name"], s["index"])],
+                old=_held_files(self._folder, self._prefix),
+                manifest=manifest,
+            )
         except BaseException:
             self.abort()
             raise
@@ -185,45 +182,13 @@ class ShardWriter:
             name = f"{self._prefix}-{len(self._shards):06d}.tar"
             self._shard = _Shard(self._staging / name, modalities)
         self._shard.append(key, shots, info, tensors)
-        if len(self._shard.keys) == self._films_per_shard:
+        if len(self._shard.rows.keys) == self._films_per_shard:
             self._finish_shard()
 
     def _finish_shard(self) -> None:
         if self._shard is not None:
             self._shards.append(self._shard.finish())
             self._shard = None
-
-    def _manifest(self) -> Manifest:
-        manifest: Manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "modalities": modalities_to_json(self._modalities),
-            "encoders": self._encoders,
-            "shards": self._shards,
-            "films": sum(s["films"] for s in self._shards),
-            "shots": sum(s["shots"] for s in self._shards),
-            "cleared": {name: self._cleared.get(name, 0) for name in self._modalities},
-            "quarantined": {},
-            "digest": "",
-        }
-        manifest["digest"] = manifest_digest(manifest)
-        return manifest
-
-    def _publish(self, manifest: Manifest, lock: int) -> None:
-        old = _held_files(self._folder, self._prefix)
-        new = [name for s in self._shards for name in (s["name"], s["index"])]
-        # Until the last rename the folder has no manifest: a reader sees no data rather than a mixture.
-        (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
-        os.fsync(lock)
-        for path in old:
-            path.unlink(missing_ok=True)
-        for name in new:
-            (self._staging / name).replace(self._folder / name)
-        os.fsync(lock)
-        staged = self._staging / MANIFEST_NAME
-        _write_synced(staged, manifest_bytes(manifest))
-        staged.replace(self._folder / MANIFEST_NAME)
-        os.fsync(lock)
 
     def _release(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
@@ -237,13 +202,7 @@ class _Shard:
 
     def __init__(self, path: Path, modalities: dict[str, Modality]) -> None:
         self.path = path
-        self.keys: list[str] = []
-        self._modalities = modalities
-        self._columns: list[Column] = columns_of(modalities)
-        self._shots: list[int] = []
-        self._offsets: list[list[int]] = []
-        self._crc32: list[list[int]] = []
-        self._info: list[tuple[int, int, int]] = []
+        self.rows = IndexRows(modalities)
         self._file = path.open("xb")
         self._sha256 = hashlib.sha256()
         self._bytes = 0
@@ -255,13 +214,15 @@ class _Shard:
         start = self._member(f"{key}.safetensors", blob)
         header_bytes = int.from_bytes(blob[:8], "little")
         header = json.loads(blob[8 : 8 + header_bytes])
-        spans = [header[c.name]["data_offsets"] for c in self._columns]
+        spans = [header[c.name]["data_offsets"] for c in self.rows.columns]
         view = memoryview(blob)[8 + header_bytes :]
-        self._offsets.append([start + 8 + header_bytes + lo for lo, _ in spans])
-        self._crc32.append([zlib.crc32(view[lo:hi]) for lo, hi in spans])
-        self._info.append((info_offset, len(info), zlib.crc32(info)))
-        self._shots.append(shots)
-        self.keys.append(key)
+        self.rows.add(
+            key,
+            shots=shots,
+            offsets=[start + 8 + header_bytes + lo for lo, _ in spans],
+            crc32=[zlib.crc32(view[lo:hi]) for lo, hi in spans],
+            info=(info_offset, len(info), zlib.crc32(info)),
+        )
 
     def finish(self) -> ShardEntry:
         """Close the tar, write its index, return its line of the manifest."""
@@ -269,29 +230,7 @@ class _Shard:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        index = self.path.with_suffix(".idx.npz")
-        with index.open("xb") as file:
-            np.savez(
-                file,
-                keys=np.array(self.keys),
-                shots=np.array(self._shots, dtype=np.int64),
-                modalities=np.array(json.dumps(modalities_to_json(self._modalities))),
-                columns=np.array([c.name for c in self._columns]),
-                offset=np.array(self._offsets, dtype=np.int64),  # [film, column], from the start of the tar
-                crc32=np.array(self._crc32, dtype=np.uint32),  # [film, column]
-                info=np.array(self._info, dtype=np.int64),  # [film, (offset, bytes, crc32)] of KEY.json
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        return {
-            "name": self.path.name,
-            "bytes": self._bytes,
-            "sha256": self._sha256.hexdigest(),
-            "films": len(self.keys),
-            "shots": sum(self._shots),
-            "index": index.name,
-            "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(),
-        }
+        return self.rows.write(self.path.parent, self.path.name, size=self._bytes, sha256=self._sha256.hexdigest())
 
     def discard(self) -> None:
         self._file.close()
@@ -320,24 +259,3 @@ def _held_files(folder: Path, prefix: str) -> list[Path]:
         with suppress(UserError):  # a damaged manifest lists nothing that could be trusted
             names |= {n for s in read_manifest(folder)["shards"] for n in (s["name"], s["index"])}
     return sorted((folder / n for n in names), key=lambda p: (p.name != MANIFEST_NAME, p.name))
-
-
-def _lock_folder(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"another process is writing into {folder}", remedy="wait for it, or give another folder"
-        ) from error
-    except OSError:
-        pass  # a file system without locks: exclusive creation of each shard still stops a second writer
-    return descriptor
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
