@@ -7,7 +7,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +33,8 @@ REPAIR = "restore the shard from a copy, write it again, or take the film out wi
 _ALIGN = 64
 
 
-@dataclass
 class FilmSlice:
-    """N consecutive shots of one film.
+    """N rows, one per shot, of every column: a block of memory, or some rows of one.
 
     Attributes:
         shots_N2: int32 [N, 2] milliseconds.
@@ -44,53 +43,86 @@ class FilmSlice:
         check: int64 [N, 1 + M], see manifest.CHECK.
     """
 
-    shots_N2: torch.Tensor
-    features: dict[str, torch.Tensor]
-    valid: dict[str, torch.Tensor]
-    check: torch.Tensor
+    def __init__(self, block: torch.Tensor, layout: _Layout, start: int, stop: int) -> None:
+        """Use FilmSlice.empty or rows."""
+        self._block, self._bytes, self._layout = block, block.numpy().data, layout
+        self._start, self._stop = start, stop
 
     @classmethod
     def empty(cls, modalities: dict[str, Modality], rows: int, *, pin: bool = False) -> FilmSlice:
         """Uninitialised memory for `rows` shots, all tensors in one block (page-locked if `pin`)."""
-        columns = columns_of(modalities)
-        ends = np.cumsum([-(-rows * c.row_bytes // _ALIGN) * _ALIGN for c in columns]).tolist()
+        layout = _Layout(tuple(modalities.values()), rows)
         if pin:
-            block = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+            block = torch.empty(layout.bytes, dtype=torch.uint8, pin_memory=True)
         else:
-            # NumPy asks for huge pages; fresh small ones would cost as much as the reading.
-            block = torch.from_numpy(np.empty(ends[-1], dtype=np.uint8))
-        tensors = {}
-        for column, start in zip(columns, [0, *ends], strict=False):
-            part = block[start : start + rows * column.row_bytes].view(column.dtype)
-            tensors[column.name] = part.view(rows, *column.row_shape)
-        return cls(
-            shots_N2=tensors["shots"],
-            features={name: tensors[name] for name in modalities},
-            valid={name: tensors[f"{name}_valid"] for name in modalities},
-            check=tensors[CHECK],
-        )
+            # NumPy asks for huge pages; fresh small ones would cost as much as the reading. It aligns to 16 bytes
+            # only, and into such memory the kernel copies at half its speed.
+            memory = np.empty(layout.bytes + _ALIGN, dtype=np.uint8)
+            first = -memory.ctypes.data % _ALIGN
+            block = torch.from_numpy(memory[first : first + layout.bytes])
+        return cls(block, layout, 0, rows)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @property
+    def shots_N2(self) -> torch.Tensor:  # noqa: N802
+        return self.column("shots")
+
+    @cached_property
+    def features(self) -> dict[str, torch.Tensor]:
+        return {name: self.column(name) for name in self._layout.modalities}
+
+    @cached_property
+    def valid(self) -> dict[str, torch.Tensor]:
+        return {name: self.column(f"{name}_valid") for name in self._layout.modalities}
+
+    @property
+    def check(self) -> torch.Tensor:
+        return self.column(CHECK)
 
     def rows(self, start: int, stop: int) -> FilmSlice:
         """Shots [start, stop) as views into the same memory."""
-        return FilmSlice(
-            shots_N2=self.shots_N2[start:stop],
-            features={name: t[start:stop] for name, t in self.features.items()},
-            valid={name: t[start:stop] for name, t in self.valid.items()},
-            check=self.check[start:stop],
-        )
+        return FilmSlice(self._block, self._layout, self._start + start, self._start + stop)
 
     def clear(self) -> None:
         """Set everything to zero and False."""
-        for tensor in (self.shots_N2, *self.features.values(), *self.valid.values(), self.check):
-            tensor.zero_()
+        for name in self._layout.columns:
+            self.column(name).zero_()
 
     def column(self, name: str) -> torch.Tensor:
         """The tensor of the column NAME, NAME_valid, shots or check."""
-        if name == "shots":
-            return self.shots_N2
-        if name == CHECK:
-            return self.check
-        return self.features[name] if name in self.features else self.valid[name.removesuffix("_valid")]
+        column, first, size = self._layout.columns[name]
+        part = self._block[first + self._start * size : first + self._stop * size]
+        return part.view(column.dtype).view(len(self), *column.row_shape)
+
+    def bytes_of(self, name: str) -> memoryview:
+        """The memory of a column, flat and writable."""
+        _, first, size = self._layout.columns[name]
+        return self._bytes[first + self._start * size : first + self._stop * size]
+
+
+class _Layout:
+    """Where in a block of memory each column's rows lie.
+
+    Attributes:
+        modalities: their names.
+        columns: name -> (column, bytes before row 0, bytes of a row).
+        bytes: of all.
+    """
+
+    def __init__(self, modalities: tuple[Modality, ...], rows: int) -> None:
+        self.modalities = [m.name for m in modalities]
+        self.columns: dict[str, tuple[Column, int, int]] = {}
+        self.bytes = 0
+        for column, size in _sized_columns(modalities):
+            self.columns[column.name] = (column, self.bytes, size)
+            self.bytes += -(-rows * size // _ALIGN) * _ALIGN
+
+
+@lru_cache
+def _sized_columns(modalities: tuple[Modality, ...]) -> list[tuple[Column, int]]:
+    return [(column, column.row_bytes) for column in columns_of({m.name: m for m in modalities})]
 
 
 class Part(NamedTuple):
@@ -124,7 +156,8 @@ class FilmIndex:
         """Use FilmIndex.load."""
         self.folders, self.manifests = folders, manifests
         self.modalities = modalities_from_json(manifests[0]["modalities"])
-        self.columns = columns_of(self.modalities)
+        self._sized = _sized_columns(tuple(self.modalities.values()))
+        self.columns = [column for column, _ in self._sized]
         self.digest = _joint_digest(manifests)
         self.entries: list[ShardEntry] = [s for m in manifests for s in m["shards"]]
         self.shards = [join(f, s["name"]) for f, m in zip(folders, manifests, strict=True) for s in m["shards"]]
@@ -212,14 +245,12 @@ class FilmIndex:
         """
         ranges: list[Range] = []
         for part in parts:
-            self._check_range(part.film, part.start, part.start + len(part.out.shots_N2))
+            self._check_range(part.film, part.start, part.start + len(part.out))
             shard = self.shards[self.shard_of[part.film]]
-            for column, offset in zip(self.columns, self._offset_FC[part.film].tolist(), strict=True):
+            for (column, size), offset in zip(self._sized, self._offset_FC[part.film].tolist(), strict=True):
                 if offset >= 0 and (only is None or column.name in only):
-                    buffer = _bytes_of(part.out.column(column.name))
-                    ranges.append(
-                        Range(shard, offset + part.start * column.row_bytes, buffer, (part.film, column, part))
-                    )
+                    buffer = part.out.bytes_of(column.name)
+                    ranges.append(Range(shard, offset + part.start * size, buffer, (part.film, column, part)))
         if only is not None:
             return self._read(ranges, lambda _: None)
         # Local ranges come one after another, so rows are checked while the processor's cache still holds them, and
@@ -283,16 +314,15 @@ class FilmIndex:
         """
         if not self.checked(part.film):
             return
-        out = part.out
-        if column.name == "shots":
-            number, found_N = 0, row_checks(out.shots_N2.numpy())
-        elif column.name in self._check_column:
-            number = self._check_column[column.name]
-            rows = out.features[column.name].view(torch.uint8).numpy()
-            found_N = row_checks(rows, out.valid[column.name].view(torch.uint8).numpy())
+        out, name = part.out, column.name
+        if name == "shots":
+            number, found_N = 0, row_checks(_words(out, name))
+        elif name in self._check_column:
+            number = self._check_column[name]
+            found_N = row_checks(_words(out, name), np.frombuffer(out.bytes_of(f"{name}_valid"), np.uint8))
         else:
             return
-        wrong_N = found_N != out.check[:, number].numpy()
+        wrong_N = found_N != _words(out, CHECK).view(np.int64)[:, number]
         if wrong_N.any():
             shot = part.start + int(wrong_N.argmax())
             raise UserError(
@@ -330,9 +360,9 @@ def _known(crc32: int) -> int | None:
     return None if crc32 < 0 else crc32
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, flat and writable."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+def _words(out: FilmSlice, name: str) -> np.ndarray:
+    """The bytes of a column, uint8 [N, row bytes]."""
+    return np.frombuffer(out.bytes_of(name), np.uint8).reshape(len(out), -1)
 
 
 def _joint_digest(manifests: list[Manifest]) -> str:
