@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from lmp.data.index import FilmIndex, FilmSlice, Part
+from lmp.data.manifest import CHECK, Column, modalities_to_json
+from lmp.data.members import Member, Walk, walk
 from lmp.data.storage import Range, ReadError
 from lmp.errors import UserError
 
-_PIECE = 1 << 22
+_INFO = "info"
+_SAFETENSORS_DTYPES = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 @dataclass(frozen=True)
@@ -24,79 +34,267 @@ class Fault:
     Attributes:
         shard: number of the shard, into FilmIndex.shards.
         film: number of the film, None where the fault lies outside of any.
-        problem: names shard, film and column.
+        column: the tensor, `info` for KEY.json, or None where it lies in neither.
+        what: what is wrong, without the place.
+        place: shard, film and column, as messages name them.
     """
 
     shard: int
     film: int | None
-    problem: str
+    column: str | None
+    what: str
+    place: str
 
     def __str__(self) -> str:
-        return self.problem
+        return f"{self.place}{' ' if self.film is None else ': '}{' '.join(self.what.split())}"
 
 
 def verify(index: FilmIndex, *, progress: Callable[[int], None] = lambda _: None) -> Iterator[Fault]:
-    """Read everything and name every fault: size and sha256 per shard, crc32 per film and tensor, checksums, NaN.
+    """Read everything and name every fault, a film in memory at a time; each byte is read twice.
+
+    Looked at: size and sha256 of each shard; tar headers, safetensors headers and KEY.json against the index; crc32
+    and checksums; whether features are finite, valid bits 0 or 1, and shots in order. Shards of which every film is
+    quarantined are not looked at.
 
     Args:
         index: loaded with check_sizes=False, so that shards that are cut or missing can be looked at too.
-        progress: told the number of bytes of each shard once it is done.
+        progress: told of bytes read; `bytes_to_read` in all where nothing is missing.
     """
-    sizes = index.size_faults()
-    for shard, fault in enumerate(sizes):
-        yield from _verify_shard(index, shard, fault)
-        progress(index.entries[shard]["bytes"])
+    for shard, size_fault in enumerate(index.size_faults()):
+        yield from verify_shard(index, shard, size_fault=size_fault, progress=progress)
 
 
-def _verify_shard(index: FilmIndex, shard: int, size_fault: str | None) -> Iterator[Fault]:
-    if size_fault:
-        yield Fault(shard, None, size_fault)
-        if size_fault.endswith("is missing"):
-            return
-    wanted = index.entries[shard]["sha256"]
-    if not size_fault and wanted is not None and sha256_of(index, shard) != wanted:
-        yield Fault(shard, None, f"{index.shards[shard]}: sha256 differs from the manifest")
-    for film in np.flatnonzero(index.shard_of == shard).tolist():
-        yield from verify_film(index, film)
+def bytes_to_read(index: FilmIndex) -> int:
+    """What verify reads of shards without faults."""
+    films = sum(size for film in range(len(index)) for _, _, size, _ in index.stored(film))
+    return films + sum(index.entries[shard]["bytes"] for shard in np.unique(index.shard_of).tolist())
 
 
-def verify_film(index: FilmIndex, film: int) -> Iterator[Fault]:
-    """The faults of one film."""
-    shard = int(index.shard_of[film])
-    damaged = False
-    for name, offset, size, crc32 in index.stored(film):
-        buffer = bytearray(size)
-        try:
-            index.files_of(shard).read([Range(index.shards[shard], offset, memoryview(buffer))], lambda _: None)
-        except (ReadError, OSError) as error:
-            problem = error.problem if isinstance(error, ReadError) else str(error)
-            yield Fault(shard, film, f"{index.place(film, name)}: {problem}")
-            damaged = True
-            continue
-        if crc32 is not None and zlib.crc32(buffer) != crc32:
-            yield Fault(shard, film, f"{index.place(film, name)}: crc32 differs")
-            damaged = True
-    if not damaged:
-        yield from _look_at_rows(index, film, shard)
+def unhashed(index: FilmIndex) -> list[str]:
+    """What cannot be held against anything because an index was built without reading features; one line each."""
+    shards = [index.shards[n] for n in np.unique(index.shard_of).tolist() if index.entries[n]["sha256"] is None]
+    films = range(len(index))
+    no_crc32 = sum(any(crc32 is None for *_, crc32 in index.stored(film)) for film in films)
+    no_checks = sum(not index.checked(film) for film in films)
+    lines = []
+    if shards:
+        named = ", ".join(shards[:5]) + (f" and {len(shards) - 5} more" if len(shards) > 5 else "")
+        lines.append(f"not hashed: {len(shards)} shards have no sha256 in the manifest: {named}")
+    if no_crc32:
+        lines.append(f"not hashed: {no_crc32} films have no crc32 in the index")
+    if no_checks:
+        lines.append(f"not hashed: {no_checks} films carry no checksums of their shots")
+    return lines
 
 
-def _look_at_rows(index: FilmIndex, film: int, shard: int) -> Iterator[Fault]:
-    """What only the numbers themselves show."""
-    rows = FilmSlice.empty(index.modalities, int(index.shots[film]))
-    try:
-        index.read_parts([Part(film, 0, rows)])
-    except UserError as error:
-        yield Fault(shard, film, error.problem)
+def films_of(index: FilmIndex, shard: int) -> range:
+    """The numbers of a shard's films."""
+    first, last = np.searchsorted(index.shard_of, [shard, shard + 1]).tolist()
+    return range(first, last)
+
+
+def verify_shard(
+    index: FilmIndex,
+    shard: int,
+    *,
+    size_fault: str | None = None,
+    found: Walk | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Fault]:
+    """The faults of one shard and of the films in it.
+
+    Args:
+        size_fault: of FilmIndex.size_faults.
+        found: the walk through the shard, if it was made already.
+    """
+    films = films_of(index, shard)
+    if not films:
         return
-    for name, features_NKD in rows.features.items():
-        if not torch.isfinite(features_NKD).all():
-            yield Fault(shard, film, f"{index.place(film, name)}: holds NaN or infinity")
+    path = index.shards[shard]
+    if size_fault:
+        yield Fault(shard, None, None, size_fault.removeprefix(path), path)
+    try:
+        if found is None:
+            with index.files_of(shard).open(path) as file:
+                found = walk(file, progress=progress)
+    except FileNotFoundError:
+        if not size_fault:
+            yield Fault(shard, None, None, "is missing", path)
+        return
+    except Exception as error:  # each kind of remote storage has its own
+        yield Fault(shard, None, None, f"cannot be read: {type(error).__name__}: {error}", path)
+    wanted = index.entries[shard]["sha256"]
+    if found and not size_fault and wanted is not None and found.sha256 != wanted:
+        yield Fault(shard, None, None, "has another sha256 than its manifest says", path)
+    for film in films:
+        faults = read_film(index, film).faults
+        if found and not any(isinstance(fault, _Unread) for fault in faults):
+            yield from _member_faults(index, film, found)
+        yield from faults
+        progress(sum(size for _, _, size, _ in index.stored(film)))
 
 
-def sha256_of(index: FilmIndex, shard: int) -> str:
-    """Of the shard as it is now."""
-    digest = hashlib.sha256()
-    with index.files_of(shard).open(index.shards[shard]) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Unread(Fault):
+    """Bytes that could not be read at all."""
+
+
+@dataclass
+class ReadFilm:
+    """A film as it is now.
+
+    Attributes:
+        rows: all shots; what could not be read is undefined.
+        info: KEY.json, empty where it could not be read.
+        faults: what is wrong with its bytes; none means that it is what was written.
+    """
+
+    rows: FilmSlice
+    info: dict[str, Any]
+    faults: list[Fault]
+
+
+def read_film(index: FilmIndex, film: int) -> ReadFilm:
+    """Read a whole film and hold it against its index and its own checksums."""
+    shard, shots = int(index.shard_of[film]), int(index.shots[film])
+    rows = FilmSlice.empty(index.modalities, shots)
+    stored = index.stored(film)
+    ranges = []
+    for name, offset, size, _ in stored:
+        buffer = memoryview(bytearray(size)) if name == _INFO else _bytes_of(rows.column(name))
+        ranges.append(Range(index.shards[shard], offset, buffer, name))
+    unread = _read_each(index, shard, ranges)
+    faults: list[Fault] = []
+    for wanted, (name, *_, crc32) in zip(ranges, stored, strict=True):
+        if name in unread:
+            faults.append(_Unread(shard, film, name, unread[name], index.place(film, name)))
+        elif crc32 is not None and zlib.crc32(wanted.buffer) != crc32:
+            faults.append(Fault(shard, film, name, "crc32 differs", index.place(film, name)))
+    bad = {fault.column for fault in faults}
+    info: dict[str, Any] = {}
+    if _INFO not in bad:
+        info, problems = _look_at_info(index, film, bytes(ranges[0].buffer))
+        faults += [Fault(shard, film, _INFO, p, index.place(film, _INFO)) for p in problems]
+    whole = {name for name, *_ in stored} - bad
+    for name, problem in _look_at_rows(index, film, rows, whole):
+        faults.append(Fault(shard, film, name, problem, index.place(film, name)))
+    return ReadFilm(rows, info, faults)
+
+
+def _read_each(index: FilmIndex, shard: int, ranges: list[Range]) -> dict[str, str]:
+    """Fill the ranges, at once if it goes; else one by one. What went wrong with each that could not be read."""
+    files = index.files_of(shard)
+    try:
+        files.read(ranges, lambda _: None)
+        return {}
+    except ReadError:
+        problems = {}
+        for wanted in ranges:
+            try:
+                files.read([wanted], lambda _: None)
+            except ReadError as error:
+                problems[wanted.tag] = error.problem
+        return problems
+
+
+def _look_at_info(index: FilmIndex, film: int, data: bytes) -> tuple[dict[str, Any], list[str]]:
+    """KEY.json, and in what it differs from the index."""
+    try:
+        info = json.loads(data)
+    except ValueError as error:
+        return {}, [f"is not JSON: {error}"]
+    if not isinstance(info, dict):
+        return {}, ["is no JSON object"]
+    if not index.checked(film):  # others may use these fields in their own way
+        return info, []
+    expected = {
+        "key": index.keys[film],
+        "shots": int(index.shots[film]),
+        "modalities": modalities_to_json(index.modalities),
+    }
+    return info, [f"{n} is {info.get(n)!r}, the index says {v!r}" for n, v in expected.items() if info.get(n) != v]
+
+
+def _look_at_rows(index: FilmIndex, film: int, rows: FilmSlice, whole: set[str]) -> Iterator[tuple[str, str]]:
+    """What the numbers themselves show: (column, problem). Only the columns in `whole` are looked at."""
+    part = Part(film, 0, rows)
+    if "shots" in whole:
+        start_N, stop_N = rows.shots_N2.numpy().T
+        wrong_N = (start_N < 0) | (stop_N <= start_N)
+        wrong_N[1:] |= start_N[1:] < start_N[:-1]
+        if wrong_N.any():
+            shot = int(wrong_N.argmax())
+            yield "shots", f"shot {shot} spans {rows.shots_N2[shot].tolist()} ms, which is out of order"
+    for column in index.columns:
+        needed = {CHECK, column.name} | ({f"{column.name}_valid"} if column.name in index.modalities else set())
+        if index.checked(film) and needed <= whole:
+            try:
+                index.check_rows(part, column)
+            except UserError as error:
+                yield column.name, error.problem.removeprefix(f"{index.place(film, column.modality)}: ")
+    for name in index.modalities:
+        valid = f"{name}_valid"
+        if valid in whole and (rows.valid[name].view(torch.uint8) > 1).any():
+            yield valid, "holds bytes other than 0 and 1"
+        if name in whole and not torch.isfinite(rows.features[name]).all():
+            shot = int((~torch.isfinite(rows.features[name])).flatten(1).any(1).nonzero()[0])
+            yield name, f"holds NaN or infinity, first in shot {shot}"
+
+
+def _member_faults(index: FilmIndex, film: int, found: Walk) -> Iterator[Fault]:
+    """Whether whole tar headers and safetensors headers lead to where the index says that the film lies."""
+    shard, key = int(index.shard_of[film]), index.keys[film]
+
+    def fault(column: str | None, what: str, problem: str) -> Fault:
+        return Fault(shard, film, column, problem, index.place(film, what))
+
+    _, info_at, info_bytes, _ = index.stored(film)[0]
+    member = found.starting_at(info_at)
+    if member is None:
+        yield fault(None, f"{key}.json", "its tar header is damaged or missing")
+    elif member.size != info_bytes or not _named(member, key):
+        yield fault(None, f"{key}.json", f"its tar header says {member.name}, {member.size} bytes, not {info_bytes}")
+    columns = {c.name: c for c in index.columns}
+    lost: list[str] = []
+    seen: set[int] = set()
+    for name, offset, size, _ in index.stored(film)[1:]:
+        member = found.around(offset)
+        if member is None or offset + size > member.stop:
+            lost.append(name)
+            continue
+        if not _named(member, key) and member.start not in seen:
+            yield fault(None, name, f"its tar header says {member.name}")
+        seen.add(member.start)
+        if problem := _header_problem(member, columns[name], int(index.shots[film]), offset):
+            yield fault(name, f"{name} in the safetensors header", problem)
+    if lost:
+        yield fault(None, f"{key}.safetensors", f"the tar header before {', '.join(lost)} is damaged or missing")
+
+
+def _named(member: Member, key: str) -> bool:
+    return member.name is None or member.name.rpartition("/")[2].startswith(f"{key}.")
+
+
+def _header_problem(member: Member, column: Column, shots: int, offset: int) -> str | None:
+    """What the safetensors header says of a column that the index does not; other formats are not looked into."""
+    if member.name is None or not member.name.endswith(".safetensors"):
+        return None
+    if member.head is None:
+        return "its length is not that of a header"
+    try:
+        entry = json.loads(member.head)[column.name]
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        start = member.start + 8 + len(member.head) + int(first)
+        size = int(last) - int(first)
+    except (ValueError, KeyError, TypeError):
+        return "is damaged or missing"
+    wanted = [shots, *column.row_shape]
+    if dtype != _SAFETENSORS_DTYPES[column.dtype] or shape != wanted:
+        return f"is {dtype} {shape}, the index says {_SAFETENSORS_DTYPES[column.dtype]} {wanted}"
+    if start != offset or size != shots * column.row_bytes:
+        return f"lies at byte {start} with {size} bytes, the index says {offset} with {shots * column.row_bytes}"
+    return None
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
