@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmp.data import commands_import
 from lmp.data.progress import bytes_bar
 from lmp.errors import EXIT_DONE, UserError
 
@@ -27,6 +28,7 @@ def register(data: Any) -> None:
     _head_command(data)
     _split_command(data)
     _reshard_command(data)
+    commands_import.register(data)
 
 
 def _verify_command(data: Any) -> None:

@@ -82,7 +82,7 @@ class IndexRows:
             size: bytes of the tar.
             sha256: of the tar, None if it was not read.
         """
-        arrays: dict[str, np.ndarray] = {
+        arrays: dict[str, Any] = {
             "keys": np.array(self.keys),
             "shots": np.array(self._shots, dtype=np.int64),
             "modalities": np.array(json.dumps(modalities_to_json(self._modalities))),
