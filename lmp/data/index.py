@@ -165,8 +165,12 @@ class FilmIndex:
         lengths = [len(a["keys"]) for a in arrays]
         folder_of_shard = np.repeat(np.arange(len(folders)), [len(m["shards"]) for m in manifests])
         keys = np.array([str(k) for a in arrays for k in a["keys"]], dtype=object)
-        out = {key for m in manifests for key in m["quarantined"]}
-        kept = np.array([key not in out for key in keys], dtype=bool) if out else np.ones(len(keys), dtype=bool)
+        # Of its own folder only: another may hold the film whole.
+        out = {(number, key) for number, m in enumerate(manifests) for key in m["quarantined"]}
+        kept = np.ones(len(keys), dtype=bool)
+        if out:
+            folder_of_film = np.repeat(folder_of_shard, lengths).tolist()
+            kept[:] = [film not in out for film in zip(folder_of_film, keys, strict=True)]
         self.keys: list[str] = keys[kept].tolist()
         self.shots: np.ndarray = np.concatenate([a["shots"] for a in arrays])[kept]
         self.shard_of: np.ndarray = np.repeat(np.arange(len(arrays)), lengths)[kept]
