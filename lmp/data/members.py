@@ -13,7 +13,6 @@ _BLOCK = 512
 _PIECE = 1 << 22
 _MAX_HEAD = 100_000_000  # what the safetensors library itself allows for a header
 _WITHOUT_DATA = {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
-_NAMES_THE_NEXT = {tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE}
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,13 @@ class Member:
     """A file in a tar whose header is whole.
 
     Attributes:
-        name: as in the tar; None where an extension header names it.
+        name: as in its header; film keys are short enough that no extension header is needed to name it.
         start: first byte of its data, from the start of the tar.
         size: bytes of its data.
         head: of NAME.safetensors the JSON header, None if its length is impossible or the tar ends in it.
     """
 
-    name: str | None
+    name: str
     start: int
     size: int
     head: bytes | None
@@ -76,7 +75,7 @@ def walk(file: BinaryIO, *, progress: Callable[[int], None] = lambda _: None) ->
     """
     found = Walk()
     reader = _Reader(file, progress)
-    astray = renamed = False
+    astray = False
     while len(block := reader.read(_BLOCK)) == _BLOCK:
         # A block of features whose bytes pass for a header has to bear its magic, too.
         header = None if astray and block[257:262] != b"ustar" else _header(block)
@@ -87,8 +86,7 @@ def walk(file: BinaryIO, *, progress: Callable[[int], None] = lambda _: None) ->
         size = 0 if header.type in _WITHOUT_DATA else header.size
         head = _head(reader, size) if header.name.endswith(".safetensors") else None
         if header.isreg():
-            found.members.append(Member(None if renamed else header.name, start, size, head))
-        renamed = header.type in _NAMES_THE_NEXT
+            found.members.append(Member(header.name, start, size, head))
         reader.skip(start + size + -size % _BLOCK - reader.at)
     reader.skip(None)
     found.bytes, found.sha256 = reader.at, reader.sha256.hexdigest()

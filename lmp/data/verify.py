@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,44 +255,57 @@ def _member_faults(index: FilmIndex, film: int, found: Walk) -> Iterator[Fault]:
     elif member.size != info_bytes or not _named(member, key):
         yield fault(None, f"{key}.json", f"its tar header says {member.name}, {member.size} bytes, not {info_bytes}")
     columns = {c.name: c for c in index.columns}
+    shots = int(index.shots[film])
     lost: list[str] = []
-    seen: set[int] = set()
+    headers: dict[int, dict[str, Any] | None] = {}
     for name, offset, size, _ in index.stored(film)[1:]:
         member = found.around(offset)
         if member is None or offset + size > member.stop:
             lost.append(name)
             continue
-        if not _named(member, key) and member.start not in seen:
-            yield fault(None, name, f"its tar header says {member.name}")
-        seen.add(member.start)
-        if problem := _header_problem(member, columns[name], int(index.shots[film]), offset):
-            yield fault(name, f"{name} in the safetensors header", problem)
+        if member.start not in headers:
+            headers[member.start] = _safetensors_header(member)
+            if not _named(member, key):
+                yield fault(None, f"{key}.safetensors", f"its tar header says {member.name}")
+            if headers[member.start] is None:
+                yield fault(None, f"{key}.safetensors", "its safetensors header is damaged")
+        header = headers[member.start]
+        if header is not None and (problem := _entry_problem(member, header, columns[name], shots, offset)):
+            yield fault(name, name, problem)
     if lost:
         yield fault(None, f"{key}.safetensors", f"the tar header before {', '.join(lost)} is damaged or missing")
 
 
 def _named(member: Member, key: str) -> bool:
-    return member.name is None or member.name.rpartition("/")[2].startswith(f"{key}.")
+    return member.name.rpartition("/")[2].startswith(f"{key}.")
 
 
-def _header_problem(member: Member, column: Column, shots: int, offset: int) -> str | None:
-    """What the safetensors header says of a column that the index does not; other formats are not looked into."""
-    if member.name is None or not member.name.endswith(".safetensors"):
-        return None
-    if member.head is None:
-        return "its length is not that of a header"
+def _safetensors_header(member: Member) -> dict[str, Any] | None:
     try:
-        entry = json.loads(member.head)[column.name]
+        header = json.loads(member.head or b"")
+    except ValueError:
+        return None
+    return header if isinstance(header, dict) else None
+
+
+def _entry_problem(member: Member, header: Mapping[str, Any], column: Column, shots: int, offset: int) -> str | None:
+    """What the safetensors header says of a column that the index does not."""
+    try:
+        entry = header[column.name]
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        start = member.start + 8 + len(member.head) + int(first)
+        start = member.start + 8 + len(member.head or b"") + int(first)
         size = int(last) - int(first)
     except (ValueError, KeyError, TypeError):
-        return "is damaged or missing"
+        return "its entry in the safetensors header is damaged or missing"
     wanted = [shots, *column.row_shape]
     if dtype != _SAFETENSORS_DTYPES[column.dtype] or shape != wanted:
-        return f"is {dtype} {shape}, the index says {_SAFETENSORS_DTYPES[column.dtype]} {wanted}"
+        expected = f"{_SAFETENSORS_DTYPES[column.dtype]} {wanted}"
+        return f"is {dtype} {shape} in the safetensors header, the index says {expected}"
     if start != offset or size != shots * column.row_bytes:
-        return f"lies at byte {start} with {size} bytes, the index says {offset} with {shots * column.row_bytes}"
+        return (
+            f"is at bytes {start} to {start + size} in the safetensors header, "
+            f"the index says {offset} to {offset + shots * column.row_bytes}"
+        )
     return None
 
 
