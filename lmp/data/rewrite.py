@@ -116,7 +116,7 @@ def parts_by_share(
     Raises:
         UserError: shares that are not above 0 or do not sum to 1, or a film without the field.
     """
-    if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-9:
+    if not all(share > 0 for share in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-9:
         given = " ".join(f"{name}={share:g}" for name, share in shares.items())
         raise UserError(f"shares {given} do not sum to 1", remedy="give shares above 0 such as train=0.9 val=0.1")
     values = index.keys if group is None else _field(index, group)
