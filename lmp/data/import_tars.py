@@ -310,7 +310,7 @@ def _check_holes(film: str, numbers: list[int], start: int, stop: int, target: T
     missing = next(n for n in range(start, stop) if n not in present)
     raise UserError(
         f"film {film}: shot {missing} is missing, {stop - start - len(numbers)} of {stop - start} in all",
-        remedy="add the samples, or allow it with --allow-missing",
+        remedy="put it next to the other samples of the film, or allow holes with --allow-missing",
     )
 
 
