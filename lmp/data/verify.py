@@ -25,6 +25,7 @@ _SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_EXPONENT = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,15 @@ def _look_at_rows(index: FilmIndex, film: int, rows: FilmSlice, whole: set[str])
         valid = f"{name}_valid"
         if valid in whole and (rows.valid[name].view(torch.uint8) > 1).any():
             yield valid, "holds bytes other than 0 and 1"
-        if name in whole and not torch.isfinite(rows.features[name]).all():
-            shot = int((~torch.isfinite(rows.features[name])).flatten(1).any(1).nonzero()[0])
-            yield name, f"holds NaN or infinity, first in shot {shot}"
+        if name in whole and (bad_N := _not_finite(rows.features[name])).any():
+            yield name, f"holds NaN or infinity, first in shot {int(bad_N.argmax())}"
+
+
+def _not_finite(features_NKD: torch.Tensor) -> np.ndarray:
+    """bool [N], the shots with NaN or infinity: all bits of an exponent are set. Far faster than torch.isfinite."""
+    exponent = np.int16(_EXPONENT[features_NKD.dtype])
+    bits_NB = features_NKD.view(torch.int16).flatten(1).numpy()
+    return (bits_NB & exponent).max(axis=1) == exponent
 
 
 def _member_faults(index: FilmIndex, film: int, found: Walk) -> Iterator[Fault]:

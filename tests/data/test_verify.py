@@ -181,6 +181,23 @@ def test_what_another_writer_let_through_is_found(
     assert len(faults) == 1 and message in faults[0]
 
 
+@pytest.mark.parametrize("name", ["video", "audio"])  # float16, bfloat16
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "largest", "smallest"])
+def test_what_is_finite_and_what_is_not(
+    tmp_path: Path, film: Make, monkeypatch: pytest.MonkeyPatch, name: str, value: float | str
+) -> None:
+    monkeypatch.setattr(torch, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
+    record = film("a", 4)
+    limits = torch.finfo(record.features[name].dtype)
+    number = {"largest": limits.max, "smallest": limits.smallest_normal / 2}.get(value, value)
+    record.features[name][2, -1, -1] = number
+    with ShardWriter(tmp_path / "s", encoders={}) as writer:
+        writer.write(record)
+    monkeypatch.undo()
+    found = [fault.rpartition("film a, ")[2] for fault in faults_of(tmp_path / "s")]
+    assert found == ([] if isinstance(value, str) else [f"{name}: holds NaN or infinity, first in shot 2"])
+
+
 def test_every_film_that_a_cut_shard_lost_is_named(copy: Path) -> None:
     shard = copy / "films-000001.tar"
     os.truncate(shard, place(copy, 1, 2, "video"))  # film-04 and film-05 are whole, film-06 is cut, film-07 gone
