@@ -9,11 +9,13 @@ EXTRAS = {
     "report": ["matplotlib>=3.9", "scikit-learn>=1.5"],
     "gpu": ["flash-attn>=2.8"],
     "export": ["huggingface-hub>=0.30"],
+    "import": ["h5py>=3.10"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["films"],
     *EXTRAS["report"],
     *EXTRAS["export"],
+    *EXTRAS["import"],
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.12",
