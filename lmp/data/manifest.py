@@ -96,8 +96,8 @@ def columns_of(modalities: Mapping[str, Modality]) -> list[Column]:
     ]
 
 
-_NEVER_ZERO = 0x9E3779B97F4A7C15
-_VALID = 0xBF58476D1CE4E5B9
+_NEVER_ZERO = np.uint64(0x9E3779B97F4A7C15)
+_VALID = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def row_checks(rows: np.ndarray, valid_N: np.ndarray | None = None) -> np.ndarray:
@@ -115,9 +115,10 @@ def row_checks(rows: np.ndarray, valid_N: np.ndarray | None = None) -> np.ndarra
     """
     bytes_NB = rows.reshape(len(rows), -1).view(np.uint8)
     word = next(w for w in (8, 4, 2, 1) if bytes_NB.shape[1] % w == 0)
-    sum_N = bytes_NB.view(f"<u{word}").sum(axis=1, dtype=np.uint64) + np.uint64(_NEVER_ZERO)
+    sum_N = np.add.reduce(bytes_NB.view(f"<u{word}"), axis=1, dtype=np.uint64)
+    sum_N += _NEVER_ZERO
     if valid_N is not None:
-        sum_N += valid_N.view(np.uint8).astype(np.uint64) * np.uint64(_VALID)
+        sum_N += np.multiply(valid_N.view(np.uint8), _VALID, dtype=np.uint64)
     return sum_N.view(np.int64)
 
 
