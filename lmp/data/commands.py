@@ -89,7 +89,7 @@ def _quarantine(arguments: argparse.Namespace) -> int:
     folder = arguments.folder
     if arguments.release and arguments.reason:
         raise UserError("--reason says why films are taken out", remedy="leave it out with --release")
-    with bytes_bar("verifying", _bytes_held(folder)) as progress:
+    with bytes_bar("verifying", _bytes_held(folder) if arguments.damaged else None) as progress:
         if arguments.film:
             reasons = dict.fromkeys(arguments.film, arguments.reason or "no reason given")
             change = quarantine(folder, reasons, progress=progress)

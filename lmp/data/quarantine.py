@@ -77,6 +77,7 @@ def quarantine_damaged(
         faults = list(verify(index, progress=progress))
         reasons: dict[str, str] = {}
         for fault in faults:
+            _require_readable(Path(index.shards[fault.shard]))
             missing = fault.film is None and not Path(index.shards[fault.shard]).is_file()
             films = films_of(index, fault.shard) if missing else [] if fault.film is None else [fault.film]
             for film in films:
@@ -197,6 +198,12 @@ class _Folder:
         finally:
             staged.unlink(missing_ok=True)
         os.fsync(self._lock)
+
+
+def _require_readable(shard: Path) -> None:
+    """A shard that this user must not read is not damaged."""
+    if shard.exists() and not os.access(shard, os.R_OK):
+        raise UserError(f"{shard} may not be read by this user", remedy="correct its permissions and try again")
 
 
 def _renew(index: FilmIndex, shard: int, progress: Progress) -> tuple[bool, list[Fault]]:

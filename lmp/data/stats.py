@@ -28,11 +28,11 @@ def stats(
     spans: list[np.ndarray] = []
     for first in range(0, len(index), _BATCH):
         films = range(first, min(first + _BATCH, len(index)))
-        for film, rows in zip(films, read_times_and_valid(index, films), strict=True):
+        for rows in read_times_and_valid(index, films):
             spans.append(rows.shots_N2.numpy().copy())
             for name, valid_N in rows.valid.items():
                 valid[name] += int(np.count_nonzero(valid_N.numpy()))
-            progress(_small_bytes(index, film))
+            progress(len(rows.shots_N2) * _row_bytes(index))
     shots = int(index.shots.sum())
     shot_seconds = np.concatenate([(span[:, 1] - span[:, 0]) / 1000 for span in spans])
     cleared = {n: sum(m["cleared"].get(n, 0) for m in index.manifests) for n in index.modalities}
@@ -65,13 +65,13 @@ def stats(
 def read_times_and_valid(index: FilmIndex, films: Sequence[int]) -> list[FilmSlice]:
     """Shots and valid bits of films, in one call; the features in the slices are undefined."""
     parts = [Part(film, 0, FilmSlice.empty(index.modalities, int(index.shots[film]))) for film in films]
-    index.read_parts(parts, only=["shots", *(f"{name}_valid" for name in index.modalities)])
+    index.read_parts(parts, only=_wanted(index))
     return [part.out for part in parts]
 
 
 def bytes_to_read(index: FilmIndex) -> int:
     """What stats reads."""
-    return sum(_small_bytes(index, film) for film in range(len(index)))
+    return int(index.shots.sum()) * _row_bytes(index)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -145,5 +145,10 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
     return dict(zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75, 0.95, 1]).tolist(), strict=True))
 
 
-def _small_bytes(index: FilmIndex, film: int) -> int:
-    return sum(size for name, _, size, _ in index.stored(film) if name == "shots" or name.endswith("_valid"))
+def _wanted(index: FilmIndex) -> list[str]:
+    return ["shots", *(f"{name}_valid" for name in index.modalities)]
+
+
+def _row_bytes(index: FilmIndex) -> int:
+    """What is read of each shot."""
+    return sum(column.row_bytes for column in index.columns if column.name in _wanted(index))

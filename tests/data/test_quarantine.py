@@ -93,6 +93,23 @@ def test_damage_outside_of_films_takes_none_out(shards: Path) -> None:
     assert change.digest != before
 
 
+def test_a_shard_that_may_not_be_read_is_not_damaged(shards: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+    denied = shard(shards)
+
+    def denying(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == denied:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", denying)
+    monkeypatch.setattr(os, "access", lambda path, _: path != denied)
+    with pytest.raises(UserError, match=r"films-000000\.tar may not be read by this user"):
+        quarantine_damaged(shards)
+    monkeypatch.undo()
+    assert content(shards) == content(good)
+
+
 def test_whole_shards_are_left_alone(shards: Path, good: Path) -> None:
     change, faults = quarantine_damaged(shards)
     assert faults == [] and change.backup is None and change.digest == change.before
