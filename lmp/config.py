@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lmp.errors import UserError
 from lmp.objectives.settings import ObjectivesConfig
@@ -26,15 +26,44 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-class DataConfig(Section):
-    """What is read and how it is packed. Everything here decides the plan, so changing it starts another run."""
+class DataSet(Section):
+    """A folder of shards, and how much of the stream is to come from it. A bare path stands for one shown once."""
 
-    train: list[str] = Field(min_length=1, description="folders of shards (each holds a manifest.json)")
+    shards: str = Field(min_length=1)
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    passes: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"shards": value} if isinstance(value, str) else value
+
+
+class CacheConfig(Section):
+    """Whole shards kept on the node's own disk."""
+
+    folder: str | None = Field(None, description="folder on a local disk, shared by the node's processes; null: none")
+    gib: float = Field(100.0, gt=0, description="how much it may hold")
+
+
+class DataConfig(Section):
+    """What is read and how it is packed. What decides the plan cannot change within a run."""
+
+    train: list[DataSet] = Field(
+        min_length=1,
+        description="folders or URLs of shards; instead of a path also {shards: PATH, weight: W}, its share of the "
+        "shots, or {shards: PATH, passes: N}, how often an epoch shows each film",
+    )
     pack_shots: int = Field(256, ge=1, description="P: shots in one packed row")
     packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, whatever the number of processes")
     window_shots: int | None = Field(None, ge=1, description="longest window; null: a whole film up to pack_shots")
-    read_ahead: int = Field(4, ge=1, description="packs read ahead of the step")
+    block_shards: int | None = Field(
+        None, ge=1, description="shuffle within blocks of this many shards, for slow storage; null: over everything"
+    )
+    read_ahead: int = Field(2, ge=1, description="steps read ahead")
     threads: int = Field(2, ge=1, description="reading threads per process")
+    stall_seconds: float = Field(60.0, gt=0, description="a read that takes longer is reported")
+    cache: CacheConfig = Field(default_factory=CacheConfig)
 
 
 class ModelSection(Section):
@@ -192,7 +221,21 @@ def contradictions(config: Config) -> list[str]:
         faults.append(f"model.sources holds model.target={model.target}: the target cannot be its own source")
     if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
         faults.append("checkpoint.every_steps and checkpoint.every_minutes are both null: nothing would be saved")
-    return faults + deepspeed_faults(config.deepspeed)
+    return faults + _mixing_faults(data.train) + deepspeed_faults(config.deepspeed)
+
+
+def _mixing_faults(sets: Sequence[DataSet]) -> list[str]:
+    faults = [
+        f"data.train.{n}: has weight and passes: give one of them"
+        for n, entry in enumerate(sets)
+        if entry.weight is not None and entry.passes is not None
+    ]
+    weighted = [entry.weight is not None for entry in sets]
+    if any(weighted) and not all(weighted):
+        faults.append(f"data.train.{weighted.index(False)}: has no weight, others have: give all of them one")
+    if not any(weighted) and max((1.0 if e.passes is None else e.passes) for e in sets) < 1:
+        faults.append("data.train: passes are all below 1: an epoch shows at least one data set whole")
+    return faults
 
 
 def config_help() -> Iterable[tuple[str, str, str]]:
@@ -290,7 +333,9 @@ def _unknown(name: str, known: list[str], what: str) -> str:
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     section: type[BaseModel] = Config
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
         candidates = (annotation, *get_args(annotation))
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return section

@@ -35,6 +35,8 @@ def problem_of(**sections: Any) -> str:
         ({"trian": {}}, "trian", "train"),
         ({"model": {"widht": 8}}, "model.widht", "width"),
         ({"objectives": {"masked_shot": {"ration": 0.2}}}, "objectives.masked_shot.ration", "ratio"),
+        ({"data": {"train": ["a", {"shards": "b", "wieght": 2}]}}, "data.train.1.wieght", "weight"),
+        ({"data": {"cache": {"foldr": "x"}}}, "data.cache.foldr", "folder"),
         (
             {"parallel": {"deepspeed": {"zero_optimisation": {}}}},
             "parallel.deepspeed.zero_optimisation",
@@ -91,6 +93,9 @@ def test_all_faults_at_once() -> None:
         ({"model": {"positions": "learned", "max_positions": 31}}, "model.max_positions=31"),
         ({"model": {"sources": ["video", "text"]}}, "model.sources holds model.target=video"),
         ({"checkpoint": {"every_steps": None}}, "nothing would be saved"),
+        ({"data": {"train": ["a", {"shards": "b", "weight": 1}]}}, "data.train.0: has no weight, others have"),
+        ({"data": {"train": [{"shards": "b", "weight": 1, "passes": 2}]}}, "data.train.0: has weight and passes"),
+        ({"data": {"train": [{"shards": "b", "passes": 0.5}]}}, "data.train: passes are all below 1"),
         (
             {"parallel": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
             "parallel.deepspeed.zero_optimization.stage=3 clashes with 1",
@@ -174,7 +179,7 @@ def test_overrides(tmp_path: Path) -> None:
     ]
     config = load_config(path, overrides)
     assert (config.train.steps, config.train.log_every, config.name) == (11, 5, "other")
-    assert (config.data.train, config.data.pack_shots) == (["a", "b"], 32)
+    assert ([entry.shards for entry in config.data.train], config.data.pack_shots) == (["a", "b"], 32)
     assert (config.model.sources, config.optimizer.lr) == (None, 0.01)
     assert config.parallel.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}
 

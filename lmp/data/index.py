@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lmp.data.cache import CachedFiles, ShardCache, cached_shard
 from lmp.data.manifest import (
     CHECK,
     Column,
@@ -31,6 +32,7 @@ from lmp.errors import UserError
 
 REPAIR = "restore the shard from a copy, write it again, or take the film out with `lmp data quarantine`"
 _ALIGN = 64
+_TOGETHER = 4 << 20  # bytes read before they are checked, which they are while the processor's cache holds them
 
 
 class FilmSlice:
@@ -43,10 +45,10 @@ class FilmSlice:
         check: int64 [N, 1 + M], see manifest.CHECK.
     """
 
-    def __init__(self, block: torch.Tensor, layout: _Layout, start: int, stop: int) -> None:
+    def __init__(self, block: torch.Tensor, memory: memoryview, layout: _Layout, span: tuple[int, int]) -> None:
         """Use FilmSlice.empty or rows."""
-        self._block, self._bytes, self._layout = block, block.numpy().data, layout
-        self._start, self._stop = start, stop
+        self._block, self._bytes, self._layout = block, memory, layout
+        self._start, self._stop = span
 
     @classmethod
     def empty(cls, modalities: dict[str, Modality], rows: int, *, pin: bool = False) -> FilmSlice:
@@ -60,7 +62,7 @@ class FilmSlice:
             memory = np.empty(layout.bytes + _ALIGN, dtype=np.uint8)
             first = -memory.ctypes.data % _ALIGN
             block = torch.from_numpy(memory[first : first + layout.bytes])
-        return cls(block, layout, 0, rows)
+        return cls(block, block.numpy().data, layout, (0, rows))
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -83,7 +85,15 @@ class FilmSlice:
 
     def rows(self, start: int, stop: int) -> FilmSlice:
         """Shots [start, stop) as views into the same memory."""
-        return FilmSlice(self._block, self._layout, self._start + start, self._start + stop)
+        return FilmSlice(self._block, self._bytes, self._layout, (self._start + start, self._start + stop))
+
+    def through(self, last: FilmSlice) -> FilmSlice:
+        """From the first of these rows to the last of `last`, which lie in the same memory."""
+        return FilmSlice(self._block, self._bytes, self._layout, (self._start, last._stop))
+
+    def follows(self, other: FilmSlice) -> bool:
+        """Whether these rows begin in memory where those of `other` end."""
+        return self._block is other._block and self._start == other._stop
 
     def clear(self) -> None:
         """Set everything to zero and False."""
@@ -152,12 +162,13 @@ class FilmIndex:
         manifests: one per folder.
     """
 
-    def __init__(self, folders: list[str], manifests: list[Manifest]) -> None:
+    def __init__(self, folders: list[str], manifests: list[Manifest], cache: ShardCache | None = None) -> None:
         """Use FilmIndex.load."""
         self.folders, self.manifests = folders, manifests
         self.modalities = modalities_from_json(manifests[0]["modalities"])
         self._sized = _sized_columns(tuple(self.modalities.values()))
         self.columns = [column for column, _ in self._sized]
+        self._row_bytes = sum(size for _, size in self._sized)
         self.digest = _joint_digest(manifests)
         self.entries: list[ShardEntry] = [s for m in manifests for s in m["shards"]]
         self.shards = [join(f, s["name"]) for f, m in zip(folders, manifests, strict=True) for s in m["shards"]]
@@ -179,15 +190,24 @@ class FilmIndex:
         self._crc32_FC = self._in_column_order(arrays, "crc32")[kept]
         self._info_F3 = np.concatenate([a["info"] for a in arrays])[kept]
         self._files: list[Files] = [files_at(folders[n]) for n in folder_of_shard.tolist()]
-        self._check_column = {name: 1 + n for n, name in enumerate(sorted(self.modalities))}
+        self._cached: CachedFiles | None = None
+        if cache:
+            listed = zip(self.shards, self._files, self.entries, strict=True)
+            self._cached = CachedFiles(cache, {path: cached_shard(path, f, entry) for path, f, entry in listed})
+            self._files = [self._cached] * len(self.shards)
+        self._check_column = {name: n for n, name in enumerate(["shots", *sorted(self.modalities)])}
+        self._summed = [column for column in self.columns if column.name in self._check_column]
 
     @classmethod
-    def load(cls, folders: Path | str | Sequence[Path | str], *, check_sizes: bool = True) -> FilmIndex:
+    def load(
+        cls, folders: Path | str | Sequence[Path | str], *, check_sizes: bool = True, cache: ShardCache | None = None
+    ) -> FilmIndex:
         """Read the manifests and indexes; no feature is read.
 
         Args:
             folders: one folder of shards (a path or URL), or several taken together.
             check_sizes: compare every shard's size with its manifest; False is for verify() on damaged data.
+            cache: read shards through copies of them on a disk of this node.
 
         Raises:
             UserError: a folder, manifest, index or shard is missing or damaged; the modalities of two folders
@@ -199,7 +219,7 @@ class FilmIndex:
         manifests = [read_manifest(folder) for folder in listed]
         for folder, manifest in zip(listed[1:], manifests[1:], strict=True):
             _check_same(listed[0], manifests[0], folder, manifest)
-        index = cls(listed, manifests)
+        index = cls(listed, manifests, cache)
         if check_sizes and (faults := [f for f in index.size_faults() if f]):
             raise UserError("; ".join(faults[:5]), remedy=REPAIR)
         if twice := [key for key, count in Counter(index.keys).items() if count > 1]:
@@ -257,14 +277,43 @@ class FilmIndex:
                     ranges.append(Range(shard, offset + part.start * size, buffer, (part.film, column, part)))
         if only is not None:
             return self._read(ranges, lambda _: None)
-        # Local ranges come one after another, so rows are checked while the processor's cache still holds them, and
-        # the small columns, which come first, are there by then. Remote ones come in any order.
-        if all(self._files[self.shard_of[part.film]] is files_at("") for part in parts):
-            return self._read(ranges, lambda done: self.check_rows(done.tag[2], done.tag[1]))
+        try:
+            return self._read_checked(parts, ranges)
+        except _ChangedError as error:
+            # It may be the copy in the cache that has changed.
+            if not self._files[error.shard].forget(self.shards[error.shard]):
+                raise
+        return self._read_checked(parts, ranges)
+
+    def fetch(self, films: Iterable[int]) -> None:
+        """Bring the shards of these films into the cache, if there is one, ahead of their reading; does not wait."""
+        if self._cached:
+            paths = dict.fromkeys(self.shards[self.shard_of[film]] for film in films)
+            self._cached.cache.fetch(self._cached.shards[path] for path in paths)
+
+    def _read_checked(self, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
         self._read(ranges, lambda _: None)
-        for done in ranges:
-            self.check_rows(done.tag[2], done.tag[1])
-        return None
+        for run in _runs([part for part in parts if self.checked(part.film)]):
+            out = run[0].out.through(run[-1].out)
+            for column in self._summed:
+                self._check(run, out, column)
+
+    def together(self, parts: Sequence[Part]) -> list[list[Part]]:
+        """Parts as they are best read: those far away in one call, the others as many as a processor's cache holds."""
+        far: list[Part] = []
+        near: list[list[Part]] = []
+        room = 0
+        for part in parts:
+            size = len(part.out) * self._row_bytes
+            if not self._files[self.shard_of[part.film]].in_order:
+                far.append(part)
+            elif size <= room:
+                near[-1].append(part)
+                room -= size
+            else:
+                near.append([part])
+                room = _TOGETHER - size
+        return [*near, far] if far else near
 
     def checked(self, film: int) -> bool:
         """Whether the film's shots carry checksums, so that reading sees every changed bit."""
@@ -316,23 +365,22 @@ class FilmIndex:
         Raises:
             UserError: they differ; names shard, film, modality and shot.
         """
-        if not self.checked(part.film):
-            return
-        out, name = part.out, column.name
-        if name == "shots":
-            number, found_N = 0, row_checks(_words(out, name))
-        elif name in self._check_column:
-            number = self._check_column[name]
-            found_N = row_checks(_words(out, name), np.frombuffer(out.bytes_of(f"{name}_valid"), np.uint8))
-        else:
-            return
+        if column in self._summed and self.checked(part.film):
+            self._check([part], part.out, column)
+
+    def _check(self, run: list[Part], out: FilmSlice, column: Column) -> None:
+        """As check_rows, parts whose memory lies end to end: that of `out`."""
+        name, number = column.name, self._check_column[column.name]
+        valid_N = np.frombuffer(out.bytes_of(f"{name}_valid"), np.uint8) if name in self.modalities else None
+        found_N = row_checks(_words(out, name), valid_N)
         wrong_N = found_N != _words(out, CHECK).view(np.int64)[:, number]
         if wrong_N.any():
-            shot = part.start + int(wrong_N.argmax())
-            raise UserError(
-                f"{self.place(part.film, column.modality)}: the bytes of shot {shot} are not those written",
-                remedy=REPAIR,
-            )
+            row = int(wrong_N.argmax())
+            while row >= len(run[0].out):
+                row -= len(run.pop(0).out)
+            part = run[0]
+            place = f"{self.place(part.film, column.modality)}: the bytes of shot {part.start + row}"
+            raise _ChangedError(f"{place} are not those written", shard=int(self.shard_of[part.film]))
 
     def _read(self, ranges: Sequence[Range], done: Callable[[Range], None]) -> None:
         groups: dict[int, tuple[Files, list[Range]]] = {}
@@ -345,7 +393,7 @@ class FilmIndex:
         except ReadError as error:
             film, what = error.range.tag[:2]
             name = what.modality if isinstance(what, Column) else what
-            raise UserError(f"{self.place(film, name)}: {error.problem}", remedy=REPAIR) from error
+            raise UserError(f"{self.place(film, name)}: {error.problem}", remedy=error.remedy or REPAIR) from error
 
     def _in_column_order(self, arrays: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
         """int64 [F, C] in the order of self.columns, whatever the order in each shard; -1 where a shard has none."""
@@ -360,8 +408,27 @@ class FilmIndex:
         return np.concatenate(parts)
 
 
+class _ChangedError(UserError):
+    """Rows differ from their checksums."""
+
+    def __init__(self, problem: str, *, shard: int) -> None:
+        super().__init__(problem, remedy=REPAIR)
+        self.shard = shard
+
+
 def _known(crc32: int) -> int | None:
     return None if crc32 < 0 else crc32
+
+
+def _runs(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts whose memory lies end to end, together."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        if runs and part.out.follows(runs[-1][-1].out):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
 
 
 def _words(out: FilmSlice, name: str) -> np.ndarray:

@@ -5,31 +5,20 @@ The whole state of the stream is one Cursor; what follows is the same for any nu
 
 from __future__ import annotations
 
-import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from lmp.data.index import FilmIndex, FilmSlice, Part
-from lmp.data.plan import EpochPlan, Pack, PlanSettings, deal, plan
+from lmp.data.plan import Pack, PlanSettings
+from lmp.data.stream import Cursor, Stream, deal
 from lmp.errors import UserError
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the stream: the step, within the epoch, that comes next."""
-
-    epoch: int
-    step: int
-
-
-_START = Cursor(0, 0)
 
 
 @dataclass
@@ -38,7 +27,8 @@ class PackBatch:
 
     Attributes:
         slot: place in the step, 0..packs_per_step-1.
-        lengths: lengths of all segments of the whole pack, the idle one last; their sum is P.
+        epoch, number: name the pack: the epoch whose plan made it and its number there.
+        lengths: lengths of all segments of the whole pack, idle ones last; their sum is P.
         features: NAME -> [P_local, K, D], dtype as stored, zeros where idle.
         valid: NAME -> [P_local] bool, False where idle.
         film_P: int64 [P_local], film number in the index, -1 where idle.
@@ -49,6 +39,8 @@ class PackBatch:
     """
 
     slot: int
+    epoch: int
+    number: int
     lengths: tuple[int, ...]
     features: dict[str, torch.Tensor]
     valid: dict[str, torch.Tensor]
@@ -78,14 +70,17 @@ class PackLoader:
     the step that it belongs to. Close it (or use it as a context manager) to stop the threads early.
 
     Args:
-        cursor: the first step to deliver.
+        cursor: the first step to deliver; None: the first of all.
         dp_rank, dp_size: this rank's place among those that share the packs of a step.
         sp_rank, sp_size: its place among those that share the shots of a pack; P % sp_size == 0.
         read_ahead: steps kept ready while the caller works on one.
         threads: reading threads; 0 reads in the caller's thread when asked.
+        pin: read into page-locked memory, from which copies to a GPU do not block.
+        stall_seconds: a read that takes longer is reported, and again each time it has doubled its time; it goes on.
+        report: takes such a report.
 
     Raises:
-        UserError: packs or shots do not divide among the ranks, or the epoch has no such step.
+        UserError: packs or shots do not divide among the ranks, or the stream has no such step.
     """
 
     def __init__(
@@ -93,13 +88,16 @@ class PackLoader:
         index: FilmIndex,
         settings: PlanSettings,
         *,
-        cursor: Cursor = _START,
+        cursor: Cursor | None = None,
         dp_rank: int = 0,
         dp_size: int = 1,
         sp_rank: int = 0,
         sp_size: int = 1,
         read_ahead: int = 2,
         threads: int = 2,
+        pin: bool = False,
+        stall_seconds: float = 60.0,
+        report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         if settings.pack_shots % sp_size:
             raise UserError(
@@ -113,34 +111,19 @@ class PackLoader:
             )
         if not (0 <= dp_rank < dp_size and 0 <= sp_rank < sp_size):
             raise ValueError(f"rank {dp_rank} of {dp_size}, sequence rank {sp_rank} of {sp_size}")
-        # Reading ahead and training may be in two epochs at a time.
-        self._plan = lru_cache(maxsize=2)(partial(plan, index.shots, settings))
-        steps = self._plan(cursor.epoch).steps
-        if not 0 <= cursor.step < steps:
-            raise UserError(
-                f"epoch {cursor.epoch} has {steps} steps, no step {cursor.step}",
-                remedy="resume with the data and plan settings that the cursor comes from",
-            )
-        local = settings.pack_shots // sp_size
-        self._read = partial(read_pack, index, start=sp_rank * local, stop=(sp_rank + 1) * local)
-        self._steps = _steps(self._plan, cursor, dp_rank, dp_size)
+        self.stream = Stream.of(index, settings)
+        self._index, self._pin = index, pin
+        self._next = self.stream.first() if cursor is None else cursor
+        self.stream.check(self._next)
+        self._dp, self._sp = (dp_rank, dp_size), (sp_rank, sp_size)
         self._read_ahead = read_ahead
+        self._stall_seconds, self._report = stall_seconds, report
         # The pool's threads are joined when the interpreter ends. Daemon threads, such as torchdata's, abort
         # the process if they are inside torch at that moment, and its exit code is lost.
         self._pool = ThreadPoolExecutor(threads, "lmp-read") if threads else None
-        self._reading: deque[tuple[Cursor, list[Future[PackBatch]]]] = deque()
+        self._reading: deque[tuple[Cursor, list[_Task]]] = deque()
+        self._prepared = self._next.epoch
         self._closed = False
-
-    def next_cursor(self, cursor: Cursor) -> Cursor:
-        """The cursor after the step at `cursor`; after the last step of an epoch, the start of the next."""
-        if cursor.step + 1 < self._plan(cursor.epoch).steps:
-            return Cursor(cursor.epoch, cursor.step + 1)
-        return Cursor(cursor.epoch + 1, 0)
-
-    def shots(self, cursor: Cursor) -> int:
-        """Shots of the whole step at `cursor`, over all ranks, idle ones left out."""
-        packs = self._plan(cursor.epoch).packs(cursor.step)
-        return sum(window.stop - window.start for pack in packs for window in pack.windows)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -150,14 +133,16 @@ class PackLoader:
             raise StopIteration
         try:
             if self._pool is None:
-                step = next(self._steps)
-                return StepBatch(step.cursor, list(map(self._read, step.packs, step.slots)))
+                cursor, tasks = self._take()
+                return StepBatch(cursor, [task() for task in tasks])
             while len(self._reading) <= self._read_ahead:
-                step = next(self._steps)
-                futures = [self._pool.submit(self._read, *task) for task in zip(step.packs, step.slots, strict=True)]
-                self._reading.append((step.cursor, futures))
-            cursor, futures = self._reading.popleft()
-            return StepBatch(cursor, [future.result() for future in futures])
+                cursor, tasks = self._take()
+                for task in tasks:
+                    task.future = self._pool.submit(task)
+                self._reading.append((cursor, tasks))
+                self._prepare(cursor.epoch + 1, self._pool)
+            cursor, tasks = self._reading.popleft()
+            return StepBatch(cursor, [self._wait(cursor, task) for task in tasks])
         except BaseException:
             self.close()
             raise
@@ -177,15 +162,79 @@ class PackLoader:
     ) -> None:
         self.close()
 
+    def _take(self) -> tuple[Cursor, list[_Task]]:
+        """What this rank has to read for the next step."""
+        cursor = self._next
+        packs = self.stream.packs(cursor)
+        (dp_rank, dp_size), (sp_rank, sp_size) = self._dp, self._sp
+        rows = self.stream.settings.pack_shots // sp_size
+        tasks = [
+            _Task(self._index, packs[slot], slot, range(sp_rank * rows, (sp_rank + 1) * rows), self._pin)
+            for slot in deal(packs, dp_size)[dp_rank]
+        ]
+        self._next = self.stream.next(cursor)
+        return cursor, tasks
 
-def read_pack(index: FilmIndex, pack: Pack, slot: int, *, start: int, stop: int) -> PackBatch:
+    def _prepare(self, epoch: int, pool: ThreadPoolExecutor) -> None:
+        """Have the next epoch planned before it is needed."""
+        if epoch > self._prepared:
+            self._prepared = epoch
+            pool.submit(self.stream.epoch, epoch)
+
+    def _wait(self, cursor: Cursor, task: _Task) -> PackBatch:
+        assert task.future is not None
+        patience, waited = self._stall_seconds, 0.0
+        while True:
+            try:
+                return task.future.result(timeout=patience - waited)
+            except TimeoutError:
+                if task.future.done():
+                    raise
+            waited = patience
+            patience *= 2
+            where = task.where or "other packs, whose reads keep all reading threads busy"
+            place = f"epoch {cursor.epoch}, step {cursor.step}"
+            self._report(f"warning: {place} has been waiting {waited:.3g} s for {where}: is the storage reachable?")
+
+
+class _Task:
+    """One pack to be read, and, while it is, where."""
+
+    def __init__(self, index: FilmIndex, pack: Pack, slot: int, rows: range, pin: bool) -> None:
+        self._index, self._pack, self._slot, self._rows, self._pin = index, pack, slot, rows, pin
+        self.future: Future[PackBatch] | None = None
+        self.where: str | None = None
+
+    def __call__(self) -> PackBatch:
+        span = {"start": self._rows.start, "stop": self._rows.stop}
+        return read_pack(self._index, self._pack, self._slot, **span, pin=self._pin, at=self._at)
+
+    def _at(self, parts: list[Part]) -> None:
+        self.where = "; ".join(self._index.place(p.film, f"shot {p.start} on") for p in parts)
+
+
+def read_pack(
+    index: FilmIndex,
+    pack: Pack,
+    slot: int,
+    *,
+    start: int,
+    stop: int,
+    pin: bool = False,
+    at: Callable[[list[Part]], None] = lambda _: None,
+) -> PackBatch:
     """Read shots [start, stop) of a pack, and from the shards no other rows.
+
+    Args:
+        slot: its place in the step.
+        pin: read into page-locked memory.
+        at: told what is going to be read, each time before it is.
 
     Raises:
         UserError: a shard is damaged; names shard, film and modality.
     """
     rows = stop - start
-    out = FilmSlice.empty(index.modalities, rows)
+    out = FilmSlice.empty(index.modalities, rows, pin=pin)
     film_P = torch.full((rows,), -1)
     shot_P = torch.zeros(rows, dtype=torch.int64)
     position_P = torch.empty(rows, dtype=torch.int64)
@@ -208,37 +257,25 @@ def read_pack(index: FilmIndex, pack: Pack, slot: int, *, start: int, stop: int)
             else:
                 part.clear()
         segment_start += length
-    index.read_parts(parts)
+    for some in index.together(parts):
+        at(some)
+        index.read_parts(some)
+    rest = {
+        "film_P": film_P,
+        "shot_P": shot_P,
+        "position_P": position_P,
+        "segment_P": segment_P,
+        "time_P": out.shots_N2[:, 0].float() / 1000,
+    }
     return PackBatch(
         slot=slot,
+        epoch=pack.epoch,
+        number=pack.number,
         lengths=pack.lengths,
         features=out.features,
         valid=out.valid,
-        film_P=film_P,
-        shot_P=shot_P,
-        position_P=position_P,
-        segment_P=segment_P,
-        time_P=out.shots_N2[:, 0].float() / 1000,
+        **{name: t.pin_memory() if pin else t for name, t in rest.items()},
     )
-
-
-@dataclass
-class _Step:
-    """One rank's share of a step before it is read."""
-
-    cursor: Cursor
-    slots: list[int]
-    packs: list[Pack]
-
-
-def _steps(plan_of: Callable[[int], EpochPlan], cursor: Cursor, rank: int, ranks: int) -> Iterator[_Step]:
-    """This rank's share of every step from `cursor` on, without end."""
-    for epoch in itertools.count(cursor.epoch):
-        epoch_plan = plan_of(epoch)
-        for step in range(cursor.step if epoch == cursor.epoch else 0, epoch_plan.steps):
-            packs = epoch_plan.packs(step)
-            slots = deal(packs, ranks)[rank]
-            yield _Step(Cursor(epoch, step), slots, [packs[slot] for slot in slots])
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

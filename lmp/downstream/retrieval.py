@@ -71,7 +71,7 @@ def hidden_shots(film: Film, *, seed: int, settings: RetrievalSettings) -> dict[
         torch.arange(shots),
         seed=seed,
         epoch=0,
-        step=0,
+        pack=0,
         ratio=settings.mask_ratio,
         span=settings.mask_span,
     )

@@ -1,7 +1,7 @@
-"""Which shots are masked: a pure function of (seed, epoch, step, modality, film, shot).
+"""Which shots are masked: a pure function of (seed, epoch, pack, modality, film, shot).
 
-No random stream is kept, so a shot's mask does not depend on the rank, the slice or the pack that holds it,
-nor on the device.
+No random stream is kept, so a shot's mask does not depend on the rank or the slice that holds it, nor on the step,
+nor on the device. Epoch and pack tell two showings of one shot apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def draw_masks(
     *,
     seed: int,
     epoch: int,
-    step: int,
+    pack: int,
     ratio: float,
     span: int = 1,
 ) -> dict[str, Tensor]:
@@ -32,7 +32,8 @@ def draw_masks(
         valid: NAME -> [P] bool.
         film_P: [P] int64 film number.
         shot_P: [P] int64 shot number in the film.
-        seed, epoch, step: of the run; the same three give the same masks.
+        seed: of the run.
+        epoch, pack: name the pack that the shots stand in; the same three numbers give the same masks.
         ratio: probability for a shot to be masked, 0 to 1.
         span: masked shots come in runs of this many (fewer at a film's ends); where runs may begin is drawn
             per film.
@@ -48,7 +49,7 @@ def draw_masks(
     threshold = round(ratio * 2**_BITS)
     masks = {}
     for name, valid_P in valid.items():
-        film_hash_P = _mix(film_P ^ _key(seed, epoch, step, name))
+        film_hash_P = _mix(film_P ^ _key(seed, epoch, pack, name))
         run_P = (shot_P + _uniform(film_hash_P) % span) // span
         # Once more on the film's hash: the run's draw must not follow from the phase.
         draw_P = _uniform(_mix(_mix(film_hash_P) + run_P))
@@ -56,9 +57,9 @@ def draw_masks(
     return masks
 
 
-def _key(seed: int, epoch: int, step: int, name: str) -> int:
+def _key(seed: int, epoch: int, pack: int, name: str) -> int:
     """64 bits, as a signed integer."""
-    text = f"{seed}/{epoch}/{step}/{name}".encode()
+    text = f"{seed}/{epoch}/{pack}/{name}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmp.data.stream import Cursor
 from lmp.errors import UserError
 from lmp.train.run_folder import RunFolder, write_atomic
 from lmp.train.zero_state import PARTS, State, export_state, import_state, names
@@ -35,18 +36,22 @@ if TYPE_CHECKING:
     from lmp.model import LmpConfig
     from lmp.train.engine import Engine
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done: the step count and the position in the data."""
+    """What a run has done, and where in the stream it goes on."""
 
     step: int
-    epoch: int
-    epoch_step: int
+    cursor: Cursor
     shots_seen: int
     tokens_seen: int
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Progress:
+        """The inverse of asdict."""
+        return cls(**{**facts, "cursor": Cursor(**facts["cursor"])})
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def restore(path: Path, engine: Engine) -> Progress:
         UserError: the checkpoint holds other parameters than the model.
     """
     manifest = read_manifest(path)
-    progress = Progress(**manifest["progress"])
+    progress = Progress.from_json(manifest["progress"])
     mine, stored = set(names(engine)), set(manifest["tensors"])
     if mine != stored:
         raise UserError(

@@ -59,13 +59,13 @@ class Recorder:
             self._bar.console.print(text, highlight=False, markup=False)
 
     def step(self, facts: dict[str, Any]) -> None:
-        """Record one step; `facts` holds "step", "loss", "shots_per_second" and further numbers."""
+        """Record one step; `facts` holds "step", "loss", "shots_per_second", and more; text goes into the lines only."""
         if not self.active:
             return
         self._lines.write(json.dumps({k: _short(v) for k, v in facts.items()}) + "\n")
         self._lines.flush()
         for name, value in facts.items():
-            if name != "step":
+            if name != "step" and not isinstance(value, str):
                 self._events.add_scalar(name, value, facts["step"])
         self._bar.update(self._task, completed=facts["step"], loss=facts["loss"], rate=facts["shots_per_second"])
 

@@ -33,6 +33,7 @@ FIXED = (
     "data.pack_shots",
     "data.packs_per_step",
     "data.window_shots",
+    "data.block_shards",
     "model",
     "objectives.masked_shot",
 )

@@ -68,7 +68,7 @@ def accumulate(
     mesh = engine.mesh
     gather = gather_over(mesh)
     packs = [pack.to(mesh.device) for pack in batch.packs]
-    views = [objective_batch(pack, batch, config) for pack in packs]
+    views = [objective_batch(pack, config) for pack in packs]
     # The normaliser needs masks and valid bits only, so it is known before the first backward.
     counts = global_counts(
         [torch.stack([objective.count(view, gather) for objective in objectives]) for view in views],
@@ -101,7 +101,7 @@ def accumulate(
     return Losses(loss=loss, means=means)
 
 
-def objective_batch(pack: PackBatch, batch: StepBatch, config: Config) -> ObjectiveBatch:
+def objective_batch(pack: PackBatch, config: Config) -> ObjectiveBatch:
     """The pack as the objectives see it, with its masks drawn."""
     settings = config.objectives
     masked = draw_masks(
@@ -109,8 +109,8 @@ def objective_batch(pack: PackBatch, batch: StepBatch, config: Config) -> Object
         pack.film_P,
         pack.shot_P,
         seed=config.seed,
-        epoch=batch.cursor.epoch,
-        step=batch.cursor.step,
+        epoch=pack.epoch,
+        pack=pack.number,
         ratio=settings.mask_ratio,
         span=settings.masked_shot.span,
     )

@@ -13,8 +13,9 @@ import torch
 
 from lmp.config import Config, check_run
 from lmp.data.index import FilmIndex
-from lmp.data.loader import Cursor, PackLoader, StepBatch
-from lmp.data.plan import PLAN_VERSION, PlanSettings
+from lmp.data.loader import PackLoader, StepBatch
+from lmp.data.plan import PLAN_VERSION
+from lmp.data.stream import Cursor, Stream
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpForPretraining
 from lmp.objectives import build_objectives
@@ -23,6 +24,7 @@ from lmp.parallel.ulysses import UlyssesAttention
 from lmp.scaling.flops import peak_tflops, train_flops
 from lmp.train import checkpoint
 from lmp.train.checkpoint import Progress
+from lmp.train.data import check_same_stream, load_index, plan_facts, plan_settings
 from lmp.train.engine import Engine, learning_rate
 from lmp.train.health import health_word, stop_requests
 from lmp.train.metrics import Recorder
@@ -60,7 +62,7 @@ def train(config: Config, run: Path, *, resume: Resume = "auto") -> Outcome:
     folder.check_same_run(config)
     if finished is not None and finished >= config.train.steps:
         return Outcome(step=finished, finished=True, reason="the run was finished already")
-    index = FilmIndex.load([Path(path) for path in config.data.train])
+    index = load_index(config)
     with mesh(config.parallel.sequence, timeout_minutes=config.parallel.timeout_minutes) as here:
         check_run(config, world_size=here.world_size, modalities=index.modalities)
         return _Run(config, folder, index, here).go()
@@ -71,12 +73,7 @@ class _Run:
 
     def __init__(self, config: Config, folder: RunFolder, index: FilmIndex, here: Mesh) -> None:
         self.config, self.folder, self.index, self.mesh = config, folder, index, here
-        self.plan = PlanSettings(
-            seed=config.seed,
-            pack_shots=config.data.pack_shots,
-            packs_per_step=config.data.packs_per_step,
-            window_shots=config.data.window_shots,
-        )
+        self.plan = plan_settings(config, index)
         self.tokens_per_shot = sum(modality.tokens for modality in index.modalities.values())
         self.model_config = model_config(config, index)
         torch.manual_seed(config.seed)
@@ -98,18 +95,20 @@ class _Run:
         if self.mesh.main:
             self.folder.open(self.config)
             self.folder.note("start", step=progress.step, world_size=self.mesh.world_size)
-        cursor = Cursor(progress.epoch, progress.epoch_step)
         loader = PackLoader(
             self.index,
             self.plan,
-            cursor=cursor,
+            cursor=progress.cursor,
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp_size,
             sp_rank=self.mesh.sp_rank,
             sp_size=self.mesh.sequence,
             read_ahead=self.config.data.read_ahead,
             threads=self.config.data.threads,
+            pin=self.mesh.device.type == "cuda",
+            stall_seconds=self.config.data.stall_seconds,
         )
+        check_same_stream(self.index, loader.stream, progress.cursor, self.mesh)
         steps = self.config.train.steps
         try:
             with (
@@ -145,8 +144,8 @@ class _Run:
                 raise RuntimeError(self._non_finite("loss", step, batch))
             lr = learning_rate(step - 1, steps=steps, settings=config.optimizer)
             norm = self.engine.step(lr)
-            shots = loader.shots(batch.cursor)
-            progress = self._advance(progress, loader.next_cursor(batch.cursor), shots)
+            shots = loader.stream.shots(batch.cursor)
+            progress = self._advance(progress, loader.stream.next(batch.cursor), shots)
             seconds = time.perf_counter() - began
             minutes = (time.monotonic() - saved_at) / 60
             health = health_word(
@@ -162,6 +161,7 @@ class _Run:
                 {
                     "step": step,
                     "epoch": batch.cursor.epoch,
+                    "data": loader.stream.fingerprint(batch.cursor),
                     "loss": losses.loss,
                     **(losses.means if full else losses.by_objective()),
                     "lr": lr,
@@ -188,7 +188,8 @@ class _Run:
             for fault in passed_over:
                 print(f"passed over: {fault}", flush=True)
         if path is None:
-            return Progress(step=0, epoch=0, epoch_step=0, shots_seen=0, tokens_seen=0)
+            first = Stream.of(self.index, self.plan).first()
+            return Progress(step=0, cursor=first, shots_seen=0, tokens_seen=0)
         self._check_data(path)
         return checkpoint.restore(path, self.engine)
 
@@ -204,12 +205,18 @@ class _Run:
                 f"{path}: follows version {data['plan_version']} of the plan, this lmp makes version {PLAN_VERSION}",
                 remedy="go on with the lmp that started the run, or start another run folder",
             )
+        before, now = data["plan"], plan_facts(self.plan)
+        changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise UserError(
+                f"{path}: follows another plan: {'; '.join(changed)}",
+                remedy="restore the data section that the run was started with, or start another run folder",
+            )
 
     def _advance(self, progress: Progress, cursor: Cursor, shots: int) -> Progress:
         return Progress(
             step=progress.step + 1,
-            epoch=cursor.epoch,
-            epoch_step=cursor.step,
+            cursor=cursor,
             shots_seen=progress.shots_seen + shots,
             tokens_seen=progress.tokens_seen + shots * self.tokens_per_shot,
         )
@@ -237,6 +244,7 @@ class _Run:
             "data": {
                 "digest": self.index.digest,
                 "plan_version": PLAN_VERSION,
+                "plan": plan_facts(self.plan),
                 "films": len(self.index),
                 "shots": int(self.index.shots.sum()),
                 "encoders": encoders,

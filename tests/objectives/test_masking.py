@@ -1,4 +1,4 @@
-"""Masks as a pure function of seed, epoch, step, modality, film and shot."""
+"""Masks as a pure function of seed, epoch, pack, modality, film and shot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmp.objectives.masking import draw_masks
 
 def draw(shots: int = 4000, *, film: int = 0, names: tuple[str, ...] = ("video",), **changes: Any) -> dict[str, Tensor]:
     """Masks of the first shots of a film, all valid."""
-    keys: dict[str, Any] = {"seed": 1, "epoch": 0, "step": 0, "ratio": 0.3, "span": 1}
+    keys: dict[str, Any] = {"seed": 1, "epoch": 0, "pack": 0, "ratio": 0.3, "span": 1}
     shot_P = torch.arange(shots)
     valid = {name: torch.ones(shots, dtype=torch.bool) for name in names}
     return draw_masks(valid, torch.full_like(shot_P, film), shot_P, **(keys | changes))
@@ -41,7 +41,7 @@ def test_the_ratio_is_met_over_many_short_films() -> None:
     film_P = torch.arange(3000).repeat_interleave(5)
     shot_P = torch.arange(5).repeat(3000)
     valid = {"video": torch.ones(15_000, dtype=torch.bool)}
-    masks = draw_masks(valid, film_P, shot_P, seed=3, epoch=1, step=9, ratio=0.2, span=4)
+    masks = draw_masks(valid, film_P, shot_P, seed=3, epoch=1, pack=9, ratio=0.2, span=4)
     assert abs(masks["video"].double().mean().item() - 0.2) < 0.03
     # Each place of a film has the same chance: runs begin at a different phase in each film.
     by_place = masks["video"].view(3000, 5).double().mean(0)
@@ -70,12 +70,12 @@ def test_masked_shots_come_in_whole_spans(span: int) -> None:
 def test_only_valid_shots_are_masked_and_validity_changes_no_other_shot() -> None:
     shot_P = torch.arange(500)
     valid_P = shot_P % 3 != 0
-    keys: dict[str, Any] = {"seed": 1, "epoch": 0, "step": 0, "ratio": 0.3, "span": 1}
+    keys: dict[str, Any] = {"seed": 1, "epoch": 0, "pack": 0, "ratio": 0.3, "span": 1}
     mask_P = draw_masks({"video": valid_P}, torch.zeros_like(shot_P), shot_P, **keys)["video"]
     assert torch.equal(mask_P, draw(500)["video"] & valid_P)
 
 
-OTHER_KEYS = [{"seed": 2}, {"epoch": 1}, {"step": 1}, {"film": 1}, {"seed": 2**63 - 1}, {"seed": -5}]
+OTHER_KEYS = [{"seed": 2}, {"epoch": 1}, {"pack": 1}, {"film": 1}, {"seed": 2**63 - 1}, {"seed": -5}]
 
 
 @pytest.mark.parametrize("change", OTHER_KEYS)
@@ -98,8 +98,8 @@ def test_neighbouring_shots_are_independent() -> None:
         assert abs((mask_P[lag:] * mask_P[:-lag]).mean().item() - 0.09) < 0.01
 
 
-def test_epoch_and_step_are_not_mixed_up() -> None:
-    one, other = draw(epoch=1, step=11)["video"], draw(epoch=11, step=1)["video"]
+def test_epoch_and_pack_are_not_mixed_up() -> None:
+    one, other = draw(epoch=1, pack=11)["video"], draw(epoch=11, pack=1)["video"]
     assert not torch.equal(one, other)
 
 
@@ -114,7 +114,7 @@ def test_slices_and_packs_do_not_matter(lengths: list[int], seed: int, span: int
     film_P = torch.repeat_interleave(torch.arange(len(lengths)) * 7, torch.tensor(lengths))
     shot_P = torch.cat([torch.arange(5, 5 + length) for length in lengths])
     valid_P = torch.rand(len(film_P), generator=torch.Generator().manual_seed(seed % 2**31)) < 0.8
-    keys: dict[str, Any] = {"seed": seed, "epoch": 2, "step": 5, "ratio": 0.4, "span": span}
+    keys: dict[str, Any] = {"seed": seed, "epoch": 2, "pack": 5, "ratio": 0.4, "span": span}
     whole_P = draw_masks({"text": valid_P}, film_P, shot_P, **keys)["text"]
     order = torch.tensor(data.draw(st.permutations(range(len(film_P)))))
     some = order[: data.draw(st.integers(0, len(order)))]
@@ -140,7 +140,7 @@ def test_the_masks_follow_the_written_rule() -> None:
     draws = [splitmix((splitmix(film_hash) + run) % 2**64) >> 11 for run in runs]
     want = [number < 0.3 * 2**53 for number in draws]
     assert any(want)
-    assert draw(40, film=film, span=span, seed=17, epoch=1, step=4)["video"].tolist() == want
+    assert draw(40, film=film, span=span, seed=17, epoch=1, pack=4)["video"].tolist() == want
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": -0.1}, {"ratio": 1.1}, {"span": 0}])

@@ -56,7 +56,7 @@ def make_batch(seed: int = 0, missing: tuple[str, ...] = (), ratio: float = 0.4)
         valid[name] = (torch.rand(shots, generator=draw) < 0.85) & (film_P >= 0) & (name not in missing)
         x_PKD = torch.randn(shots, spec["tokens"], spec["width"], generator=draw)
         features[name] = (x_PKD * valid[name][:, None, None]).half()
-    masked = draw_masks(valid, film_P, shot_P, seed=seed, epoch=0, step=1, ratio=ratio)
+    masked = draw_masks(valid, film_P, shot_P, seed=seed, epoch=0, pack=1, ratio=ratio)
     return ObjectiveBatch(features, valid, masked, segment_P, film_P, shot_P, position_P)
 
 

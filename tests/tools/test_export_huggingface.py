@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpForPretraining
+from lmp.train import checkpoint
 from tools import _parity, export_huggingface
 from tools._parity import aliases, check_tensors, fixed_input, largest_difference
 
@@ -77,11 +78,10 @@ def write_run(
             "modalities": {name: {**spec, "dtype": "float16"} for name, spec in MODALITIES.items()},
         }
         manifest = {
-            "format": 1,
+            "format": checkpoint.FORMAT,
             "progress": {
                 "step": step,
-                "epoch": 1,
-                "epoch_step": 0,
+                "cursor": {"epoch": 1, "step": 0, "carried": 0},
                 "shots_seen": 12345,
                 "tokens_seen": 49380,
             },

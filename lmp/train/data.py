@@ -1,0 +1,71 @@
+"""From a run's configuration to its data: the index, the plan's settings, and the agreement of all ranks on them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from lmp.config import Config
+from lmp.data.cache import ShardCache
+from lmp.data.index import FilmIndex
+from lmp.data.plan import PlanSettings, passes_for_shares
+from lmp.data.stream import Cursor, Stream
+from lmp.errors import UserError
+from lmp.parallel.mesh import Mesh
+
+
+def load_index(config: Config) -> FilmIndex:
+    """The films of data.train.
+
+    Raises:
+        UserError: shards are missing or damaged.
+    """
+    cache = config.data.cache
+    kept = ShardCache(Path(cache.folder), int(cache.gib * 2**30)) if cache.folder else None
+    return FilmIndex.load([entry.shards for entry in config.data.train], cache=kept)
+
+
+def plan_settings(config: Config, index: FilmIndex) -> PlanSettings:
+    """What of a configuration decides the plan; weights become passes of the index's folders."""
+    data = config.data
+    if data.train[0].weight is not None:
+        shots = [int(index.shots[index.folder_of == n].sum()) for n in range(len(data.train))]
+        passes = passes_for_shares([entry.weight or 0.0 for entry in data.train], shots)
+    else:
+        passes = tuple(1.0 if entry.passes is None else entry.passes for entry in data.train)
+    return PlanSettings(
+        seed=config.seed,
+        pack_shots=data.pack_shots,
+        packs_per_step=data.packs_per_step,
+        window_shots=data.window_shots,
+        block_shards=data.block_shards,
+        passes=passes,
+    )
+
+
+def plan_facts(settings: PlanSettings) -> dict[str, Any]:
+    """For a checkpoint's manifest."""
+    return {**asdict(settings), "passes": list(settings.passes)}
+
+
+def check_same_stream(index: FilmIndex, stream: Stream, cursor: Cursor, mesh: Mesh) -> None:
+    """Hold data and plan of all ranks against each other. Collective.
+
+    Raises:
+        UserError: on every rank, when two of them see different data or plan the same step otherwise.
+    """
+    if mesh.world_size == 1:
+        return
+    found: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(found, (index.digest, stream.fingerprint(cursor)))
+    differing = np.flatnonzero([facts != found[0] for facts in found]).tolist()
+    if differing:
+        raise UserError(
+            f"rank {differing[0]} reads other data than rank 0 (digest {found[differing[0]][0][:12]}, "
+            f"step {found[differing[0]][1]}; rank 0: {found[0][0][:12]}, {found[0][1]})",
+            remedy="give every node the same shards and the same version of lmp and NumPy",
+        )
