@@ -22,12 +22,13 @@ from lmp.data.manifest import (
     Modality,
     ShardEntry,
     columns_of,
+    film_salts,
     load_indexes,
     modalities_from_json,
     read_manifest,
     row_checks,
 )
-from lmp.data.storage import Files, Range, ReadError, files_at, join, normal
+from lmp.data.storage import Files, LocalFiles, Range, ReadError, files_at, is_url, join, normal
 from lmp.errors import UserError
 
 REPAIR = "restore the shard from a copy, write it again, or take the film out with `lmp data quarantine`"
@@ -189,7 +190,11 @@ class FilmIndex:
         self._offset_FC = self._in_column_order(arrays, "offset")[kept]
         self._crc32_FC = self._in_column_order(arrays, "crc32")[kept]
         self._info_F3 = np.concatenate([a["info"] for a in arrays])[kept]
-        self._files: list[Files] = [files_at(folders[n]) for n in folder_of_shard.tolist()]
+        self._salt_F = film_salts(self._info_F3[:, 2])
+        # Local files are opened by each index on its own: a folder may have been written anew since the last one.
+        local = LocalFiles()
+        by_folder = [files_at(f) if is_url(f) else local for f in folders]
+        self._files: list[Files] = [by_folder[n] for n in folder_of_shard.tolist()]
         self._cached: CachedFiles | None = None
         if cache:
             listed = zip(self.shards, self._files, self.entries, strict=True)
@@ -372,7 +377,9 @@ class FilmIndex:
         """As check_rows, parts whose memory lies end to end: that of `out`."""
         name, number = column.name, self._check_column[column.name]
         valid_N = np.frombuffer(out.bytes_of(f"{name}_valid"), np.uint8) if name in self.modalities else None
-        found_N = row_checks(_words(out, name), valid_N)
+        salts = self._salt_F[[part.film for part in run]]
+        salt = salts[0] if len(run) == 1 else np.repeat(salts, [len(part.out) for part in run])
+        found_N = row_checks(_words(out, name), valid_N, salt=salt)
         wrong_N = found_N != _words(out, CHECK).view(np.int64)[:, number]
         if wrong_N.any():
             row = int(wrong_N.argmax())

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from lmp.data.manifest import (
@@ -28,10 +27,9 @@ from lmp.data.manifest import (
     columns_of,
     modalities_from_json,
     read_manifest,
-    row_checks,
 )
 from lmp.data.publish import STAGING, IndexRows, lock_folder, make_manifest, publish
-from lmp.data.record import KEY_PATTERN, NAME_PATTERN, check_same_modalities, check_shots
+from lmp.data.record import KEY_PATTERN, NAME_PATTERN, check_same_modalities, check_shots, shot_checks
 from lmp.data.storage import is_url, normal
 from lmp.data.tar import AGAIN, Member, Sample, Tar
 from lmp.errors import UserError
@@ -359,7 +357,6 @@ def _check_values(film: _Film, blob: memoryview, columns: list[Column]) -> None:
             # A copy, for rows need not lie at a multiple of their width.
             found[column.name] = data.clone().view(column.dtype).view(film.shots, *column.row_shape)
     _located(film.where, check_shots, film.key, found["shots"].numpy())
-    checks = [row_checks(found["shots"].numpy())]
     for name in sorted(film.modalities):
         valid_S = found[f"{name}_valid"].view(torch.uint8)
         if int(valid_S.max()) > 1:
@@ -371,13 +368,11 @@ def _check_values(film: _Film, blob: memoryview, columns: list[Column]) -> None:
                 f"the first is {int(bad_S.int().argmax())}",
                 remedy=f"set such rows to 0 and their {name}_valid to False, and write the shard again",
             )
-        checks.append(row_checks(found[name].flatten(1).view(torch.uint8).numpy(), valid_S.numpy()))
     if CHECK in found:
-        wrong_S = (np.stack(checks, axis=1) != found[CHECK].numpy()).any(axis=1)
+        wrong_S = (shot_checks(found, film.modalities, film.info_row[2]) != found[CHECK]).any(dim=1)
         if wrong_S.any():
-            raise UserError(
-                f"{film.where}: the bytes of shot {int(wrong_S.argmax())} are not those written", remedy=AGAIN
-            )
+            shot = int(wrong_S.int().argmax())
+            raise UserError(f"{film.where}: the bytes of shot {shot} are not those written", remedy=AGAIN)
 
 
 def _located(where: str, check: Callable[..., Any], *arguments: Any) -> None:

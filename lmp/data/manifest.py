@@ -96,19 +96,31 @@ def columns_of(modalities: Mapping[str, Modality]) -> list[Column]:
     ]
 
 
+_FILM = 0x94D049BB133111EB
 _NEVER_ZERO = np.uint64(0x9E3779B97F4A7C15)
 _VALID = np.uint64(0xBF58476D1CE4E5B9)
 
 
-def row_checks(rows: np.ndarray, valid_N: np.ndarray | None = None) -> np.ndarray:
+def film_salts(info_crc32: Any) -> np.ndarray:
+    """What is added to all checksums of a film, from the crc32 of its KEY.json, or of several films: uint64 [F].
+
+    So a shard that was replaced by one of other films, or of other encoders, does not pass for what the index lists.
+    """
+    return np.multiply(np.atleast_1d(info_crc32).astype(np.uint64), np.uint64(_FILM), dtype=np.uint64)
+
+
+def row_checks(
+    rows: np.ndarray, valid_N: np.ndarray | None = None, *, salt: np.ndarray | np.uint64 | None = None
+) -> np.ndarray:
     """The checksum of each shot's bytes: their sum as words, so that any single changed word is seen.
 
     A word is the longest of 8, 4, 2 and 1 bytes that divides a row. What is added beside keeps rows of zeros from
-    having the checksum zero, and covers the valid bit.
+    having the checksum zero, and covers the valid bit and the film.
 
     Args:
         rows: [N, ...] contiguous, of any dtype.
         valid_N: uint8 or bool [N].
+        salt: the film's, or [N] each row's, see film_salts.
 
     Returns:
         int64 [N]; the sum modulo 2^64.
@@ -119,6 +131,8 @@ def row_checks(rows: np.ndarray, valid_N: np.ndarray | None = None) -> np.ndarra
     sum_N += _NEVER_ZERO
     if valid_N is not None:
         sum_N += np.multiply(valid_N.view(np.uint8), _VALID, dtype=np.uint64)
+    if salt is not None:
+        sum_N += salt
     return sum_N.view(np.int64)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lmp.data.manifest import CHECK, FEATURE_DTYPES, Modality, modalities_to_json, row_checks
+from lmp.data.manifest import CHECK, FEATURE_DTYPES, Modality, film_salts, modalities_to_json, row_checks
 from lmp.errors import UserError
 
 # No dot, for webdataset cuts keys there; at most 80, so that KEY.safetensors fits a ustar header.
@@ -42,7 +43,7 @@ class FilmRecord:
 def check_film(
     film: FilmRecord,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Modality], dict[str, int]]:
-    """The tensors to store, their modalities, and how many shots of each were cleared."""
+    """The tensors to store but their checksums, their modalities, and how many shots of each were cleared."""
     if not KEY_PATTERN.fullmatch(film.key):
         raise UserError(
             f"film key {film.key!r} cannot name a sample",
@@ -69,16 +70,22 @@ def check_film(
         tensors[name], tensors[f"{name}_valid"] = features_SKD, valid_S
         dtype = str(features_SKD.dtype).removeprefix("torch.")
         modalities[name] = Modality(name, features_SKD.shape[1], features_SKD.shape[2], dtype)
-    tensors[CHECK] = _checks(tensors, sorted(modalities))
     return tensors, modalities, cleared
 
 
-def _checks(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
-    """[S, 1 + M] int64, see manifest.CHECK."""
-    columns = [row_checks(tensors["shots"].numpy())]
-    for name in names:
+def shot_checks(tensors: dict[str, torch.Tensor], names: Iterable[str], info_crc32: int) -> torch.Tensor:
+    """[S, 1 + M] int64, see manifest.CHECK.
+
+    Args:
+        tensors: of a film, by column.
+        names: its modalities.
+        info_crc32: of its KEY.json.
+    """
+    salt = film_salts(info_crc32)
+    columns = [row_checks(tensors["shots"].numpy(), salt=salt)]
+    for name in sorted(names):
         rows = tensors[name].flatten(1).view(torch.uint8).numpy()
-        columns.append(row_checks(rows, tensors[f"{name}_valid"].numpy()))
+        columns.append(row_checks(rows, tensors[f"{name}_valid"].view(torch.uint8).numpy(), salt=salt))
     return torch.from_numpy(np.stack(columns, axis=1))
 
 

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 from lmp.data.manifest import (
+    CHECK,
     MANIFEST_NAME,
     Manifest,
     Modality,
@@ -29,7 +30,7 @@ from lmp.data.manifest import (
     read_manifest,
 )
 from lmp.data.publish import STAGING, IndexRows, lock_folder, make_manifest, publish
-from lmp.data.record import KEY_PATTERN, FilmRecord, check_film, check_same_modalities, film_json
+from lmp.data.record import KEY_PATTERN, FilmRecord, check_film, check_same_modalities, film_json, shot_checks
 from lmp.errors import UserError
 
 __all__ = ["FilmRecord", "Manifest", "Modality", "ShardWriter"]
@@ -111,6 +112,7 @@ class ShardWriter:
                 remedy="name the encoders after the modalities",
             )
         info = film_json(film, modalities, self._encoders, cleared)
+        tensors[CHECK] = shot_checks(tensors, modalities, zlib.crc32(info))
         try:
             self._append(film.key, len(film.shots_S2), info, tensors, modalities)
         except BaseException:

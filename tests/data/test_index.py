@@ -200,3 +200,22 @@ def test_reading_a_shard_cut_after_loading_names_shard_film_modality(copy: Path)
     (copy / "films-000002.tar").unlink()
     with pytest.raises(UserError, match=r"films-000002\.tar, film film-08, "):
         index.read(8, 0, 1)
+
+
+def test_a_folder_written_anew_is_read_anew(tmp_path: Path, film: Make, write: Make) -> None:
+    folder = write(tmp_path / "s", [film("a", 5, seed=1)])
+    before = FilmIndex.load(folder)
+    assert torch.equal(before.read(0, 0, 5).features["video"], film("a", 5, seed=1).features["video"])
+    with ShardWriter(folder, encoders=before.manifests[0]["encoders"], overwrite=True) as writer:
+        writer.write(film("a", 5, seed=2))
+    after = FilmIndex.load(folder)
+    assert torch.equal(after.read(0, 0, 5).features["video"], film("a", 5, seed=2).features["video"])
+
+
+def test_a_shard_of_other_films_of_the_same_lengths_does_not_pass(tmp_path: Path, film: Make, write: Make) -> None:
+    folder = write(tmp_path / "s", [film("a", 5, seed=1)])
+    other = write(tmp_path / "t", [film("b", 5, seed=2)])
+    assert (folder / "films-000000.tar").stat().st_size == (other / "films-000000.tar").stat().st_size
+    shutil.copy(other / "films-000000.tar", folder / "films-000000.tar")
+    with pytest.raises(UserError, match=r"films-000000\.tar, film a, .*the bytes of shot 2 are not those written"):
+        FilmIndex.load(folder).read(0, 2, 4)
