@@ -58,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     ingest.set_defaults(run=_ingest)
 
     from lmp.data import commands as data
+    from lmp.scaling import commands as bench
 
     data.register(commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True))
+    bench.register(commands.add_parser("bench", help="measurements").add_subparsers(dest="what", required=True))
 
     train = commands.add_parser("train", help="pretrain, as one process of a run")
     train.add_argument("config", type=Path)

@@ -1,0 +1,143 @@
+"""`lmp bench ...`: what reading and planning cost on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lmp.errors import EXIT_DONE, UserError
+
+if TYPE_CHECKING:
+    from lmp.scaling.bench_data import DataReport
+    from lmp.scaling.bench_plan import PlanReport
+
+
+def register(bench: Any) -> None:
+    """Add the commands to the subparsers of `lmp bench`."""
+    data = bench.add_parser("data", help="reading speed, of lmp and others, against a raw read in the same run")
+    data.add_argument("shards", nargs="?", help="a local folder of film shards (default: made here, and removed)")
+    data.add_argument("--make", type=float, default=0.75, metavar="GB", help="size of the films made (0.75)")
+    data.add_argument("--reps", type=int, default=5)
+    data.add_argument("--cold", action="store_true", help="throw the files out of the page cache before each reading")
+    data.add_argument("--readers", default="", metavar="A,B", help="names or starts of names, such as lmp,litdata")
+    data.add_argument("--out", type=Path, metavar="REPORT.json")
+    data.set_defaults(run=_data)
+
+    plan = bench.add_parser("plan", help="cost of planning an epoch, filling of packs, evenness of attention")
+    plan.add_argument("--films", type=int, default=1_000_000)
+    plan.add_argument("--pack-shots", type=int, default=4096)
+    plan.add_argument("--packs-per-step", type=int, default=64)
+    plan.add_argument("--out", type=Path, metavar="REPORT.json")
+    plan.set_defaults(run=_plan)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from lmp.scaling.bench_data import bench_data, progress
+
+    _check_out(arguments.out)
+    with progress() as step:
+        report = bench_data(
+            arguments.shards,
+            make_gb=arguments.make,
+            reps=arguments.reps,
+            cold=arguments.cold,
+            names=[name for name in arguments.readers.split(",") if name],
+            step=step,
+        )
+    _print_data(report)
+    _write(arguments.out, report.to_json())
+    return EXIT_DONE
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from lmp.scaling.bench_plan import bench_plan
+
+    _check_out(arguments.out)
+    report = bench_plan(arguments.films, arguments.pack_shots, arguments.packs_per_step)
+    _print_plan(report)
+    _write(arguments.out, report.to_json())
+    return EXIT_DONE
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is not a folder", remedy="make it, or give another place")
+
+
+def _write(out: Path | None, report: dict[str, Any]) -> None:
+    from lmp.train.run_folder import write_atomic
+
+    if out is not None:
+        write_atomic(out, json.dumps(report, indent=1) + "\n")
+        print(f"report: {out}")
+
+
+def _print_data(report: DataReport) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmp.scaling.bench_data import counter_ratios
+
+    console = Console()
+    corpus = report.corpus
+    print(
+        f"{corpus['films']} films, {corpus['shots']} shots, {corpus['bytes'] / 1e6:.1f} MB in {corpus['shards']} "
+        f"shards{', made here' if corpus['made'] else ''}; page cache {report.cache}; median (min - max)"
+    )
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
+    for heading in ("reader", "delivers", "items/s", "MB/s", "of raw", "CPU s/GB", "of raw's CPU"):
+        table.add_column(heading, justify="left" if heading in ("reader", "delivers") else "right", no_wrap=True)
+    for result in report.results:
+        table.add_row(
+            result.name,
+            result.items,
+            f"{median(result.items_per_s):.0f}",
+            _spread(result.mb_per_s, 0),
+            _spread(result.speed_to_raw, 2),
+            _spread(result.cpu_s_per_gb, 3),
+            _spread(result.cpu_to_raw, 2),
+        )
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width to keep to
+    console.print(table)
+    for name, why in report.skipped.items():
+        print(f"{name}: skipped, {why}")
+    if report.counters is None:
+        print("bytes read: not counted, for this system has no /proc/self/io")
+    else:
+        ratios = counter_ratios(report.counters)
+        print(
+            f"bytes read, counted by the system: a window of 60 of 1,200 shots {ratios['window_ratio']:.4f} of its "
+            f"payload; each of 4 sequence ranks {', '.join(f'{r:.4f}' for r in ratios['rank_ratios'])} of the pack"
+        )
+    _print_machine(report.machine)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
+
+
+def _print_plan(report: PlanReport) -> None:
+    from lmp.scaling.bench_plan import RANKS
+
+    print(f"one epoch of {report.films} films in packs of {report.pack_shots} shots, {report.packs_per_step} a step")
+    print(f"planning: {report.cpu_seconds:.2f} CPU s, {report.peak_mb:.0f} MB at the peak, {report.packs} packs")
+    print(f"filled: {report.fill:.4f} of all shots of the packs")
+    print(
+        f"attention of the busiest of {RANKS} ranks over the mean: {report.imbalance_mean:.2%} on average, "
+        f"95 % of steps below {report.imbalance_p95:.2%}, at most {report.imbalance_max:.2%} ({report.steps} steps)"
+    )
+    _print_machine(report.machine)
+
+
+def _print_machine(machine: dict[str, Any]) -> None:
+    changed = ", with changes" if machine["changed"] else ""
+    print(
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB; load average at the start "
+        f"{machine['load_average'][0]}; {machine['system']}, Python {machine['python']}; commit "
+        f"{machine['commit'] or 'unknown'}{changed}"
+    )
