@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-n", "--processes", type=int, default=1)
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME)")
     parser.add_argument("--resume", choices=["auto", "never"], default="auto")
+    parser.add_argument("--new-data", action="store_true", help="go on with an epoch of other data than before")
     arguments = parser.parse_intermixed_args(argv)
     try:
         if arguments.processes < 1:
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         command = [sys.executable, "-m", "lmp.cli", "train", str(arguments.config), *arguments.overrides]
         run = arguments.run or Path("runs") / config.name
-        return launch([*command, "--run", str(run), "--resume", arguments.resume], run, arguments.processes)
+        command += ["--run", str(run), "--resume", arguments.resume]
+        if arguments.new_data:
+            command.append("--new-data")
+        return launch(command, run, arguments.processes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER

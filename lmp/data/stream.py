@@ -70,9 +70,9 @@ class Stream:
                 future.set_exception(error)
         return future.result()
 
-    def first(self) -> Cursor:
-        """The first step of all."""
-        return self._settle(Cursor())
+    def first(self, epoch: int = 0) -> Cursor:
+        """The first step of all, or of an epoch when nothing is carried into it."""
+        return self._settle(Cursor(epoch))
 
     def next(self, cursor: Cursor) -> Cursor:
         """The step after the one at `cursor`; after the last of an epoch, the first of the next."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lmp.config import Config
 from lmp.data.cache import ShardCache
 from lmp.data.index import FilmIndex
-from lmp.data.plan import PlanSettings, passes_for_shares
+from lmp.data.plan import PLAN_VERSION, PlanSettings, passes_for_shares
 from lmp.data.stream import Cursor, Stream
 from lmp.errors import UserError
 from lmp.parallel.mesh import Mesh
@@ -47,9 +47,43 @@ def plan_settings(config: Config, index: FilmIndex) -> PlanSettings:
     )
 
 
-def plan_facts(settings: PlanSettings) -> dict[str, Any]:
-    """For a checkpoint's manifest."""
-    return {**asdict(settings), "passes": list(settings.passes)}
+def data_facts(index: FilmIndex, settings: PlanSettings) -> dict[str, Any]:
+    """The data of a run, for a checkpoint's manifest."""
+    encoders: dict[str, Any] = {}
+    for manifest in index.manifests:
+        encoders.update(manifest["encoders"])
+    return {
+        "digest": index.digest,
+        "plan_version": PLAN_VERSION,
+        "plan": _plan_facts(settings),
+        "films": len(index),
+        "shots": int(index.shots.sum()),
+        "encoders": encoders,
+        "modalities": _modality_facts(index),
+    }
+
+
+def stream_change(facts: dict[str, Any], index: FilmIndex, settings: PlanSettings) -> str | None:
+    """How the steps of these films and settings differ from those that a checkpoint was made from; None: not at all.
+
+    Args:
+        facts: data_facts as the checkpoint has them.
+
+    Raises:
+        UserError: the films have other modalities, so that the model does not fit.
+    """
+    if facts["modalities"] != _modality_facts(index):
+        raise UserError(
+            f"the run was trained on modalities {facts['modalities']}, the shards have {_modality_facts(index)}",
+            remedy="give shards of the same encoders",
+        )
+    if facts["digest"] != index.digest:
+        return f"was trained on other data (digest {facts['digest'][:12]}, now {index.digest[:12]})"
+    if facts["plan_version"] != PLAN_VERSION:
+        return f"follows version {facts['plan_version']} of the plan, this lmp makes version {PLAN_VERSION}"
+    before, now = facts["plan"], _plan_facts(settings)
+    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    return f"follows another plan: {'; '.join(changed)}" if changed else None
 
 
 def check_same_stream(index: FilmIndex, stream: Stream, cursor: Cursor, mesh: Mesh) -> None:
@@ -69,3 +103,11 @@ def check_same_stream(index: FilmIndex, stream: Stream, cursor: Cursor, mesh: Me
             f"step {found[differing[0]][1]}; rank 0: {found[0][0][:12]}, {found[0][1]})",
             remedy="give every node the same shards and the same version of lmp and NumPy",
         )
+
+
+def _plan_facts(settings: PlanSettings) -> dict[str, Any]:
+    return {**asdict(settings), "passes": list(settings.passes)}
+
+
+def _modality_facts(index: FilmIndex) -> dict[str, Any]:
+    return {name: {"tokens": m.tokens, "width": m.width, "dtype": m.dtype} for name, m in index.modalities.items()}

@@ -59,7 +59,7 @@ class Recorder:
             self._bar.console.print(text, highlight=False, markup=False)
 
     def step(self, facts: dict[str, Any]) -> None:
-        """Record one step; `facts` holds "step", "loss", "shots_per_second", and more; text goes into the lines only."""
+        """Record one step; `facts` holds "step", "loss", "shots_per_second" and more; text goes into lines only."""
         if not self.active:
             return
         self._lines.write(json.dumps({k: _short(v) for k, v in facts.items()}) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ import torch
 from lmp.config import Config, check_run
 from lmp.data.index import FilmIndex
 from lmp.data.loader import PackLoader, StepBatch
-from lmp.data.plan import PLAN_VERSION
 from lmp.data.stream import Cursor, Stream
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpForPretraining
@@ -24,7 +23,7 @@ from lmp.parallel.ulysses import UlyssesAttention
 from lmp.scaling.flops import peak_tflops, train_flops
 from lmp.train import checkpoint
 from lmp.train.checkpoint import Progress
-from lmp.train.data import check_same_stream, load_index, plan_facts, plan_settings
+from lmp.train.data import check_same_stream, data_facts, load_index, plan_settings, stream_change
 from lmp.train.engine import Engine, learning_rate
 from lmp.train.health import health_word, stop_requests
 from lmp.train.metrics import Recorder
@@ -43,13 +42,14 @@ class Outcome:
     reason: str
 
 
-def train(config: Config, run: Path, *, resume: Resume = "auto") -> Outcome:
+def train(config: Config, run: Path, *, resume: Resume = "auto", new_data: bool = False) -> Outcome:
     """Train until the last step, or until a signal or stop file asks to stop. Collective over all processes of the run.
 
     Args:
         config: the validated configuration.
         run: the run folder; made if it is not there, continued from its newest valid checkpoint if it is.
         resume: "never" refuses a folder that holds a run already.
+        new_data: where the data or its mixture differ from the checkpoint's, go on with an epoch of what is there now.
 
     Raises:
         UserError: configuration, data or folder do not fit.
@@ -65,7 +65,7 @@ def train(config: Config, run: Path, *, resume: Resume = "auto") -> Outcome:
     index = load_index(config)
     with mesh(config.parallel.sequence, timeout_minutes=config.parallel.timeout_minutes) as here:
         check_run(config, world_size=here.world_size, modalities=index.modalities)
-        return _Run(config, folder, index, here).go()
+        return _Run(config, folder, index, here).go(new_data=new_data)
 
 
 class _Run:
@@ -89,12 +89,18 @@ class _Run:
             peak = peak_tflops(torch.cuda.get_device_name(here.device))
         self.peak_flops = peak * 1e12 * here.world_size if peak else None
 
-    def go(self) -> Outcome:
+    def go(self, *, new_data: bool) -> Outcome:
         """Restore, loop, leave."""
-        progress = self._restore()
+        progress = self._restore(new_data=new_data)
         if self.mesh.main:
             self.folder.open(self.config)
-            self.folder.note("start", step=progress.step, world_size=self.mesh.world_size)
+            self.folder.note(
+                "start",
+                step=progress.step,
+                cursor=asdict(progress.cursor),
+                data=self.index.digest,
+                world_size=self.mesh.world_size,
+            )
         loader = PackLoader(
             self.index,
             self.plan,
@@ -182,7 +188,7 @@ class _Run:
                 recorder.say(f"stopped by {reason} at step {step}; start again to go on")
                 return Outcome(step=step, finished=False, reason=reason)
 
-    def _restore(self) -> Progress:
+    def _restore(self, *, new_data: bool) -> Progress:
         path, passed_over = checkpoint.newest_valid(self.folder, rank=self.mesh.rank, world_size=self.mesh.world_size)
         if self.mesh.main:
             for fault in passed_over:
@@ -190,28 +196,17 @@ class _Run:
         if path is None:
             first = Stream.of(self.index, self.plan).first()
             return Progress(step=0, cursor=first, shots_seen=0, tokens_seen=0)
-        self._check_data(path)
-        return checkpoint.restore(path, self.engine)
-
-    def _check_data(self, path: Path) -> None:
-        data = checkpoint.read_manifest(path)["data"]
-        if data["digest"] != self.index.digest:
+        change = stream_change(checkpoint.read_manifest(path)["data"], self.index, self.plan)
+        if change and not new_data:
             raise UserError(
-                f"{path}: was trained on other data (digest {data['digest'][:12]}, now {self.index.digest[:12]})",
-                remedy="restore the shards that data.train named, or start another run folder",
+                f"{path}: {change}",
+                remedy="restore what data.train named, start another run folder, or go on with --new-data",
             )
-        if data["plan_version"] != PLAN_VERSION:
-            raise UserError(
-                f"{path}: follows version {data['plan_version']} of the plan, this lmp makes version {PLAN_VERSION}",
-                remedy="go on with the lmp that started the run, or start another run folder",
-            )
-        before, now = data["plan"], plan_facts(self.plan)
-        changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
-        if changed:
-            raise UserError(
-                f"{path}: follows another plan: {'; '.join(changed)}",
-                remedy="restore the data section that the run was started with, or start another run folder",
-            )
+        progress = checkpoint.restore(path, self.engine)
+        if change:
+            first = Stream.of(self.index, self.plan).first(progress.cursor.epoch + 1)
+            progress = replace(progress, cursor=first)
+        return progress
 
     def _advance(self, progress: Progress, cursor: Cursor, shots: int) -> Progress:
         return Progress(
@@ -235,24 +230,10 @@ class _Run:
         return rates
 
     def _manifest(self) -> dict[str, Any]:
-        encoders: dict[str, Any] = {}
-        for manifest in self.index.manifests:
-            encoders.update(manifest["encoders"])
         return {
             "config": self.config.model_dump(mode="json"),
             "model": self.model_config.to_dict(),
-            "data": {
-                "digest": self.index.digest,
-                "plan_version": PLAN_VERSION,
-                "plan": plan_facts(self.plan),
-                "films": len(self.index),
-                "shots": int(self.index.shots.sum()),
-                "encoders": encoders,
-                "modalities": {
-                    name: {"tokens": m.tokens, "width": m.width, "dtype": m.dtype}
-                    for name, m in self.index.modalities.items()
-                },
-            },
+            "data": data_facts(self.index, self.plan),
             "code": code_state(),
         }
 
