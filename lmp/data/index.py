@@ -290,6 +290,11 @@ class FilmIndex:
                 raise
         return self._read_checked(parts, ranges)
 
+    @property
+    def cached(self) -> bool:
+        """Whether shards are read through copies on this node."""
+        return self._cached is not None
+
     def fetch(self, films: Iterable[int]) -> None:
         """Bring the shards of these films into the cache, if there is one, ahead of their reading; does not wait."""
         if self._cached:
@@ -299,9 +304,7 @@ class FilmIndex:
     def _read_checked(self, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
         self._read(ranges, lambda _: None)
         for run in _runs([part for part in parts if self.checked(part.film)]):
-            out = run[0].out.through(run[-1].out)
-            for column in self._summed:
-                self._check(run, out, column)
+            self._check(run, self._summed)
 
     def together(self, parts: Sequence[Part]) -> list[list[Part]]:
         """Parts as they are best read: those far away in one call, the others as many as a processor's cache holds."""
@@ -371,23 +374,30 @@ class FilmIndex:
             UserError: they differ; names shard, film, modality and shot.
         """
         if column in self._summed and self.checked(part.film):
-            self._check([part], part.out, column)
+            self._check([part], [column])
 
-    def _check(self, run: list[Part], out: FilmSlice, column: Column) -> None:
-        """As check_rows, parts whose memory lies end to end: that of `out`."""
-        name, number = column.name, self._check_column[column.name]
-        valid_N = np.frombuffer(out.bytes_of(f"{name}_valid"), np.uint8) if name in self.modalities else None
+    def _check(self, run: list[Part], columns: list[Column]) -> None:
+        """As check_rows, for parts whose memory lies end to end."""
+        out = run[0].out.through(run[-1].out)
         salts = self._salt_F[[part.film for part in run]]
         salt = salts[0] if len(run) == 1 else np.repeat(salts, [len(part.out) for part in run])
-        found_N = row_checks(_words(out, name), valid_N, salt=salt)
-        wrong_N = found_N != _words(out, CHECK).view(np.int64)[:, number]
-        if wrong_N.any():
-            row = int(wrong_N.argmax())
-            while row >= len(run[0].out):
-                row -= len(run.pop(0).out)
-            part = run[0]
-            place = f"{self.place(part.film, column.modality)}: the bytes of shot {part.start + row}"
-            raise _ChangedError(f"{place} are not those written", shard=int(self.shard_of[part.film]))
+        check_NC = _words(out, CHECK).view(np.int64)
+        for column in columns:
+            name = column.name
+            valid_N = np.frombuffer(out.bytes_of(f"{name}_valid"), np.uint8) if name in self.modalities else None
+            found_N = row_checks(_words(out, name), valid_N, salt=salt)
+            wrong_N = found_N != check_NC[:, self._check_column[name]]
+            if wrong_N.any():
+                raise self._changed(run, int(wrong_N.argmax()), column)
+
+    def _changed(self, run: list[Part], row: int, column: Column) -> _ChangedError:
+        """Names the shot that is row `row` of the run."""
+        for part in run:
+            if row < len(part.out):
+                break
+            row -= len(part.out)
+        place = f"{self.place(part.film, column.modality)}: the bytes of shot {part.start + row}"
+        return _ChangedError(f"{place} are not those written", shard=int(self.shard_of[part.film]))
 
     def _read(self, ranges: Sequence[Range], done: Callable[[Range], None]) -> None:
         groups: dict[int, tuple[Files, list[Range]]] = {}
