@@ -113,7 +113,7 @@ def _print_change(change: Change) -> None:
         print(f"no damage, nothing to do, digest {change.digest}")
         return
     print(f"digest {change.digest}; it was {change.before}, kept as {change.backup}")
-    print("start trainings on this data anew: a running one holds the old digest, and resume refuses another")
+    print("a run on this data has to be stopped; it goes on with --new-data, and is refused without")
 
 
 def _bytes_held(folder: str) -> int | None:

@@ -21,6 +21,9 @@ from lmp.data.stream import Cursor, Stream, deal
 from lmp.errors import UserError
 
 
+_FETCHED = 4  # shards are brought to the node this many times as far ahead as packs are read
+
+
 @dataclass
 class PackBatch:
     """One pack of P shots, or of it the run of P_local shots that this rank holds under sequence parallelism.
@@ -123,6 +126,7 @@ class PackLoader:
         self._pool = ThreadPoolExecutor(threads, "lmp-read") if threads else None
         self._reading: deque[tuple[Cursor, list[_Task]]] = deque()
         self._prepared = self._next.epoch
+        self._fetched, self._steps_fetched = self._next, 0
         self._closed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -165,15 +169,27 @@ class PackLoader:
     def _take(self) -> tuple[Cursor, list[_Task]]:
         """What this rank has to read for the next step."""
         cursor = self._next
-        packs = self.stream.packs(cursor)
-        (dp_rank, dp_size), (sp_rank, sp_size) = self._dp, self._sp
+        sp_rank, sp_size = self._sp
         rows = self.stream.settings.pack_shots // sp_size
-        tasks = [
-            _Task(self._index, packs[slot], slot, range(sp_rank * rows, (sp_rank + 1) * rows), self._pin)
-            for slot in deal(packs, dp_size)[dp_rank]
-        ]
+        span = range(sp_rank * rows, (sp_rank + 1) * rows)
+        tasks = [_Task(self._index, pack, slot, span, self._pin) for slot, pack in self._own(cursor)]
         self._next = self.stream.next(cursor)
+        if self._index.cached:
+            self._fetch_ahead()
         return cursor, tasks
+
+    def _own(self, cursor: Cursor) -> list[tuple[int, Pack]]:
+        """This rank's packs of a step, in its order, with their slots."""
+        packs = self.stream.packs(cursor)
+        return [(slot, packs[slot]) for slot in deal(packs, self._dp[1])[self._dp[0]]]
+
+    def _fetch_ahead(self) -> None:
+        """Have the shards of coming steps brought to this node before anything is read from them."""
+        self._steps_fetched -= 1
+        while self._steps_fetched < _FETCHED * (1 + self._read_ahead):
+            self._index.fetch(w.film for _, pack in self._own(self._fetched) for w in pack.windows)
+            self._fetched = self.stream.next(self._fetched)
+            self._steps_fetched += 1
 
     def _prepare(self, epoch: int, pool: ThreadPoolExecutor) -> None:
         """Have the next epoch planned before it is needed."""
