@@ -335,6 +335,8 @@ def _status(answer: Any) -> int | None:
             found = getattr(found, "status_code", found)
             if isinstance(found, int | str) and str(found).isdigit() and 400 <= int(found) < 600:
                 return int(found)
+        if isinstance(cause, OSError) and str(cause).startswith("Forbidden: "):  # gcsfs leaves nothing but the text
+            return 403
     return None
 
 

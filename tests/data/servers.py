@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,17 +27,17 @@ class Server:
     Attributes:
         asked: the requests seen.
         fail: status to answer the next `failures` requests with.
-        most_at_once: the largest number of requests that were under way together.
-        delay_s: wait before each answer.
+        gather: requests for paths with this ending wait until so many of them are under way together, once.
         held: while it is not set, requests for ranges hang.
     """
 
     def __init__(self, app: App) -> None:
         self.asked: list[Asked] = []
-        self.fail, self.failures, self.most_at_once, self.delay_s = 503, 0, 0, 0.0
+        self.fail, self.failures = 503, 0
+        self.gather: tuple[str, int] | None = None
         self.held = threading.Event()
         self.held.set()
-        self._app, self._at_once, self._lock = app, 0, threading.Lock()
+        self._app, self._gathered, self._change = app, 0, threading.Condition()
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -59,7 +58,6 @@ class Server:
 
     def clear(self) -> None:
         self.asked.clear()
-        self.most_at_once = 0
 
     def gets(self) -> list[Asked]:
         return [a for a in self.asked if a.method == "GET"]
@@ -67,20 +65,23 @@ class Server:
     def _answer(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         request = Request(environ)
         asked = Asked(request.method, request.path, request.query_string.decode(), request.headers.get("Range"))
-        with self._lock:
+        with self._change:
             self.asked.append(asked)
-            self._at_once += 1
-            self.most_at_once = max(self.most_at_once, self._at_once)
             failing = self.failures > 0
             self.failures -= failing
-        try:
-            time.sleep(self.delay_s)
-            if asked.range:
-                self.held.wait()
-            return Response(status=self.fail)(environ, start) if failing else self._app(environ, start)
-        finally:
-            with self._lock:
-                self._at_once -= 1
+            self._wait_for_others(asked.path)
+        if asked.range:
+            self.held.wait()
+        return Response(status=self.fail)(environ, start) if failing else self._app(environ, start)
+
+    def _wait_for_others(self, path: str) -> None:
+        if self.gather is None or not path.endswith(self.gather[0]):
+            return
+        self._gathered += 1
+        if self._gathered == self.gather[1]:
+            self.gather, self._gathered = None, 0
+            self._change.notify_all()
+        assert self._change.wait_for(lambda: self.gather is None, timeout=30)
 
 
 class _Quiet(WSGIRequestHandler):

@@ -61,7 +61,7 @@ def use(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     use(s3_server, monkeypatch)
     s3_server.clear()
-    s3_server.failures, s3_server.delay_s = 0, 0.0
+    s3_server.failures, s3_server.gather = 0, None
     return s3_server
 
 
@@ -118,11 +118,11 @@ def on_s3(corpus: Path, s3: Server) -> str:
 
 
 def test_the_index_costs_a_request_a_file_and_one_listing(on_s3: str, s3: Server) -> None:
-    s3.delay_s = 0.03
+    s3.gather = (".npz", 12)  # the index files are asked for side by side
     index = FilmIndex.load(on_s3)
     listings = [a for a in s3.asked if "list-type" in a.query]
     assert len(listings) == 1 and len(s3.asked) == 1 + 1 + len(index.shards)
-    assert s3.most_at_once > 4  # the index files are read side by side
+    assert s3.gather is None
 
 
 def test_windows_cost_few_requests_and_those_of_a_pack_go_together(
@@ -138,11 +138,11 @@ def test_windows_cost_few_requests_and_those_of_a_pack_go_together(
     assert 1 < len(s3.asked) <= len(index.columns)
     monkeypatch.setattr(remote, "_MERGE_GAP", 1 << 16)
     s3.clear()
-    s3.delay_s = 0.05
     films = [0, 5, 9, 14, 20]
+    s3.gather = (".tar", len(films))
     outs = [FilmSlice.empty(index.modalities, int(index.shots[f])) for f in films]
     index.read_parts([Part(f, 0, out) for f, out in zip(films, outs, strict=True)])
-    assert len(s3.asked) == len(films) == s3.most_at_once
+    assert len(s3.asked) == len(films) and s3.gather is None
     for film, out in zip(films, outs, strict=True):
         assert_same(out, local.read(film, 0, int(local.shots[film])))
 
@@ -301,6 +301,22 @@ def test_a_package_that_is_not_installed_is_named(protocol: str, package: str, m
     extra = {"gs": "gcs"}.get(protocol, protocol)
     with pytest.raises(UserError, match=rf"^{protocol}://b/f: .* is not installed -> pip install 'lmp\[{extra}\]'"):
         FilmIndex.load(f"{protocol}://b/f")
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError("Forbidden: https://storage/b/f"), False),  # gcsfs
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (TimeoutError(), True),
+        (OSError(22, "Invalid argument"), False),
+        (FileNotFoundError(2, "no such file"), False),
+        (ValueError("no URL"), False),
+        (RuntimeError("something new"), True),
+    ],
+)
+def test_what_a_further_try_could_mend(error: Exception, passes: bool) -> None:
+    assert remote.may_pass(error) is passes
 
 
 def test_threads_read_side_by_side(on_s3: str, corpus: Path) -> None:
