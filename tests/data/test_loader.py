@@ -301,6 +301,19 @@ def test_the_next_epoch_is_planned_before_it_is_needed(index: FilmIndex, monkeyp
     assert planned == [0, 1]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_packs_are_page_locked_and_arrive_whole(index: FilmIndex) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pinned = take(index, 6, threads=2, pin=True)
+    for one, other in zip(pinned, take(index, 6), strict=True):
+        for pack, plain in zip(one.packs, other.packs, strict=True):
+            assert all(t.is_pinned() for t in tensors(pack).values())
+            moved = tensors(pack.to("cuda"))
+            torch.cuda.synchronize()
+            assert all(torch.equal(moved[name].cpu(), t) for name, t in tensors(plain).items())
+
+
 def test_to_moves_every_tensor(index: FilmIndex) -> None:
     pack = take(index, 1)[0].packs[0]
     moved = pack.to("meta")

@@ -203,7 +203,7 @@ def test_command(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     digest = read_manifest(shards)["digest"]
     assert err == "" and "1 films quarantined: b" in out and f"digest {digest}; it was" in out
-    assert "start trainings on this data anew" in out
+    assert "goes on with --new-data" in out
     assert main(["data", "verify", str(shards)]) == 0
     assert main(["data", "quarantine", str(shards), "--film", "d", "--film", "e", "--reason", "cartoons"]) == 0
     assert json.loads((shards / "manifest.json").read_text())["quarantined"]["e"] == "cartoons"
