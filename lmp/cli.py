@@ -60,7 +60,14 @@ def parser() -> argparse.ArgumentParser:
     from lmp.data import commands as data
     from lmp.scaling import commands as bench
 
-    data.register(commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True))
+    shards = commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True)
+    data.register(shards)
+    replay = shards.add_parser("replay", help="what a step of a run showed: films, shots, tensors, masks")
+    replay.add_argument("folder", type=Path, metavar="RUN")
+    replay.add_argument("overrides", nargs="*", metavar="a.b=c")
+    replay.add_argument("--step", type=int, required=True, help="from 1")
+    replay.add_argument("--out", type=Path, metavar="FILE.safetensors", help="for the tensors")
+    replay.set_defaults(run=_replay)
     bench.register(commands.add_parser("bench", help="measurements").add_subparsers(dest="what", required=True))
 
     train = commands.add_parser("train", help="pretrain, as one process of a run")
@@ -68,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="a.b=c")
     train.add_argument("--run", dest="folder", type=Path, help="run folder (default: runs/NAME)")
     train.add_argument("--resume", choices=["auto", "never"], default="auto")
+    train.add_argument("--new-data", action="store_true", help="go on with an epoch of other data than before")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on held-out shards")
@@ -120,6 +128,17 @@ def _ingest(arguments: argparse.Namespace) -> int:
     return EXIT_USER if report.failures else EXIT_DONE
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from lmp.train.replay import replay
+
+    found = replay(arguments.folder, arguments.step, arguments.overrides)
+    print("\n".join(found.lines()))
+    if arguments.out:
+        found.write(arguments.out)
+        print(f"tensors: {arguments.out}")
+    return EXIT_DONE
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from lmp.config import load_config
 
@@ -127,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from lmp.train.trainer import train
 
     folder = arguments.folder or Path("runs") / config.name
-    outcome = train(config, folder, resume=arguments.resume)
+    outcome = train(config, folder, resume=arguments.resume, new_data=arguments.new_data)
     if os.environ.get("RANK", "0") == "0":
         end = "finished" if outcome.finished else "stopped"
         print(f"{end} at step {outcome.step}: {outcome.reason}; see {folder}")

@@ -70,10 +70,7 @@ class LmpPretrainingOutput(ModelOutput):
 
 
 class LearnedPositions(nn.Embedding):
-    """A table over the place within the segment, which begins as the sinusoidal one.
-
-    Places past the end share the last row: a row's idle segment may be longer than any window.
-    """
+    """A table over the place in the segment, which begins as the sinusoidal one. Places past its end share its last."""
 
     def forward(self, position_P: Tensor) -> Tensor:
         return super().forward(position_P.clamp(max=self.num_embeddings - 1))
