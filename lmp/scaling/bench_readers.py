@@ -81,7 +81,9 @@ def readers() -> dict[str, Reader]:
             Reader(f"webdataset+torchdata-w{n}", "films", partial(_webdataset_loader, workers=n), ("torchdata",))
             for n in (0, 2)
         ),
-        *(Reader(f"litdata-w{n}", "films", partial(_litdata, workers=n), ("litdata",)) for n in (0, 2)),
+        Reader("litdata-w0", "films", partial(_litdata, workers=0), ("litdata",)),
+        Reader("litdata-w0+copy", "films", partial(_litdata, workers=0, copied=True), ("litdata",)),
+        Reader("litdata-w2", "films", partial(_litdata, workers=2), ("litdata",)),
     ]
     return {reader.name: reader for reader in found}
 
@@ -261,11 +263,14 @@ def _decode(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load(sample["safetensors"])
 
 
-def _litdata(places: Places, *, workers: int) -> Iterator[int]:
+def _litdata(places: Places, *, workers: int, copied: bool = False) -> Iterator[int]:
+    """Without workers its tensors are read-only views of a mapped file; `copied` gives them memory of their own."""
     keep_litdata_in(places.litdata.parent)
     from litdata import StreamingDataLoader, StreamingDataset
 
     dataset = StreamingDataset(str(places.litdata), shuffle=False)
+    if copied:
+        return (_touch({name: tensor.clone() for name, tensor in film.items()}) for film in dataset)
     if not workers:
         return map(_touch, dataset)
     settings = _worker_settings(workers)
