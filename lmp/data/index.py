@@ -7,21 +7,19 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
 from lmp.data.cache import CachedFiles, ShardCache, cached_shard
+from lmp.data.film_slice import FilmSlice, Part, sized_columns
 from lmp.data.manifest import (
     CHECK,
     Column,
     Manifest,
     Modality,
     ShardEntry,
-    columns_of,
     film_salts,
     load_indexes,
     modalities_from_json,
@@ -32,116 +30,7 @@ from lmp.data.storage import Files, LocalFiles, Range, ReadError, files_at, is_u
 from lmp.errors import UserError
 
 REPAIR = "restore the shard from a copy, write it again, or take the film out with `lmp data quarantine`"
-_ALIGN = 64
 _TOGETHER = 4 << 20  # bytes read before they are checked, which they are while the processor's cache holds them
-
-
-class FilmSlice:
-    """N rows, one per shot, of every column: a block of memory, or some rows of one.
-
-    Attributes:
-        shots_N2: int32 [N, 2] milliseconds.
-        features: NAME -> [N, K, D], dtype as stored.
-        valid: NAME -> [N] bool.
-        check: int64 [N, 1 + M], see manifest.CHECK.
-    """
-
-    def __init__(self, block: torch.Tensor, memory: memoryview, layout: _Layout, span: tuple[int, int]) -> None:
-        """Use FilmSlice.empty or rows."""
-        self._block, self._bytes, self._layout = block, memory, layout
-        self._start, self._stop = span
-
-    @classmethod
-    def empty(cls, modalities: dict[str, Modality], rows: int, *, pin: bool = False) -> FilmSlice:
-        """Uninitialised memory for `rows` shots, all tensors in one block (page-locked if `pin`)."""
-        layout = _Layout(tuple(modalities.values()), rows)
-        if pin:
-            block = torch.empty(layout.bytes, dtype=torch.uint8, pin_memory=True)
-        else:
-            # NumPy asks for huge pages; fresh small ones would cost as much as the reading. It aligns to 16 bytes
-            # only, and into such memory the kernel copies at half its speed.
-            memory = np.empty(layout.bytes + _ALIGN, dtype=np.uint8)
-            first = -memory.ctypes.data % _ALIGN
-            block = torch.from_numpy(memory[first : first + layout.bytes])
-        return cls(block, block.numpy().data, layout, (0, rows))
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    @property
-    def shots_N2(self) -> torch.Tensor:  # noqa: N802
-        return self.column("shots")
-
-    @cached_property
-    def features(self) -> dict[str, torch.Tensor]:
-        return {name: self.column(name) for name in self._layout.modalities}
-
-    @cached_property
-    def valid(self) -> dict[str, torch.Tensor]:
-        return {name: self.column(f"{name}_valid") for name in self._layout.modalities}
-
-    @property
-    def check(self) -> torch.Tensor:
-        return self.column(CHECK)
-
-    def rows(self, start: int, stop: int) -> FilmSlice:
-        """Shots [start, stop) as views into the same memory."""
-        return FilmSlice(self._block, self._bytes, self._layout, (self._start + start, self._start + stop))
-
-    def through(self, last: FilmSlice) -> FilmSlice:
-        """From the first of these rows to the last of `last`, which lie in the same memory."""
-        return FilmSlice(self._block, self._bytes, self._layout, (self._start, last._stop))
-
-    def follows(self, other: FilmSlice) -> bool:
-        """Whether these rows begin in memory where those of `other` end."""
-        return self._block is other._block and self._start == other._stop
-
-    def clear(self) -> None:
-        """Set everything to zero and False."""
-        for name in self._layout.columns:
-            self.column(name).zero_()
-
-    def column(self, name: str) -> torch.Tensor:
-        """The tensor of the column NAME, NAME_valid, shots or check."""
-        column, first, size = self._layout.columns[name]
-        part = self._block[first + self._start * size : first + self._stop * size]
-        return part.view(column.dtype).view(len(self), *column.row_shape)
-
-    def bytes_of(self, name: str) -> memoryview:
-        """The memory of a column, flat and writable."""
-        _, first, size = self._layout.columns[name]
-        return self._bytes[first + self._start * size : first + self._stop * size]
-
-
-class _Layout:
-    """Where in a block of memory each column's rows lie.
-
-    Attributes:
-        modalities: their names.
-        columns: name -> (column, bytes before row 0, bytes of a row).
-        bytes: of all.
-    """
-
-    def __init__(self, modalities: tuple[Modality, ...], rows: int) -> None:
-        self.modalities = [m.name for m in modalities]
-        self.columns: dict[str, tuple[Column, int, int]] = {}
-        self.bytes = 0
-        for column, size in _sized_columns(modalities):
-            self.columns[column.name] = (column, self.bytes, size)
-            self.bytes += -(-rows * size // _ALIGN) * _ALIGN
-
-
-@lru_cache
-def _sized_columns(modalities: tuple[Modality, ...]) -> list[tuple[Column, int]]:
-    return [(column, column.row_bytes) for column in columns_of({m.name: m for m in modalities})]
-
-
-class Part(NamedTuple):
-    """As many shots as `out` holds, from shot `start` of film number `film` on, wanted in `out`."""
-
-    film: int
-    start: int
-    out: FilmSlice
 
 
 class FilmIndex:
@@ -167,7 +56,7 @@ class FilmIndex:
         """Use FilmIndex.load."""
         self.folders, self.manifests = folders, manifests
         self.modalities = modalities_from_json(manifests[0]["modalities"])
-        self._sized = _sized_columns(tuple(self.modalities.values()))
+        self._sized = sized_columns(tuple(self.modalities.values()))
         self.columns = [column for column, _ in self._sized]
         self._row_bytes = sum(size for _, size in self._sized)
         self.digest = _joint_digest(manifests)
@@ -472,4 +361,4 @@ def _check_same(first: str, wanted: Manifest, folder: str, found: Manifest) -> N
         raise UserError("; ".join(lines), remedy="give folders whose features come from the same encoders")
 
 
-__all__ = ["Column", "FilmIndex", "FilmSlice", "Modality", "Part"]
+__all__ = ["Column", "FilmIndex", "Modality"]

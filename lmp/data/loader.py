@@ -13,13 +13,14 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
-from lmp.data.index import FilmIndex, FilmSlice, Part
+from lmp.data.film_slice import Blocks, FilmSlice, Part
+from lmp.data.index import FilmIndex
 from lmp.data.plan import Pack, PlanSettings
 from lmp.data.stream import Cursor, Stream, deal
 from lmp.errors import UserError
-
 
 _FETCHED = 4  # shards are brought to the node this many times as far ahead as packs are read
 
@@ -115,7 +116,7 @@ class PackLoader:
         if not (0 <= dp_rank < dp_size and 0 <= sp_rank < sp_size):
             raise ValueError(f"rank {dp_rank} of {dp_size}, sequence rank {sp_rank} of {sp_size}")
         self.stream = Stream.of(index, settings)
-        self._index, self._pin = index, pin
+        self._index, self._pin, self._blocks = index, pin, Blocks()
         self._next = self.stream.first() if cursor is None else cursor
         self.stream.check(self._next)
         self._dp, self._sp = (dp_rank, dp_size), (sp_rank, sp_size)
@@ -171,8 +172,8 @@ class PackLoader:
         cursor = self._next
         sp_rank, sp_size = self._sp
         rows = self.stream.settings.pack_shots // sp_size
-        span = range(sp_rank * rows, (sp_rank + 1) * rows)
-        tasks = [_Task(self._index, pack, slot, span, self._pin) for slot, pack in self._own(cursor)]
+        options = {"start": sp_rank * rows, "stop": (sp_rank + 1) * rows, "pin": self._pin, "blocks": self._blocks}
+        tasks = [_Task(self._index, pack, slot, **options) for slot, pack in self._own(cursor)]
         self._next = self.stream.next(cursor)
         if self._index.cached:
             self._fetch_ahead()
@@ -216,14 +217,14 @@ class PackLoader:
 class _Task:
     """One pack to be read, and, while it is, where."""
 
-    def __init__(self, index: FilmIndex, pack: Pack, slot: int, rows: range, pin: bool) -> None:
-        self._index, self._pack, self._slot, self._rows, self._pin = index, pack, slot, rows, pin
+    def __init__(self, index: FilmIndex, pack: Pack, slot: int, **options: Any) -> None:
+        """options: of read_pack."""
+        self._index, self._pack, self._slot, self._options = index, pack, slot, options
         self.future: Future[PackBatch] | None = None
         self.where: str | None = None
 
     def __call__(self) -> PackBatch:
-        span = {"start": self._rows.start, "stop": self._rows.stop}
-        return read_pack(self._index, self._pack, self._slot, **span, pin=self._pin, at=self._at)
+        return read_pack(self._index, self._pack, self._slot, **self._options, at=self._at)
 
     def _at(self, parts: list[Part]) -> None:
         self.where = "; ".join(self._index.place(p.film, f"shot {p.start} on") for p in parts)
@@ -237,6 +238,7 @@ def read_pack(
     start: int,
     stop: int,
     pin: bool = False,
+    blocks: Blocks | None = None,
     at: Callable[[list[Part]], None] = lambda _: None,
 ) -> PackBatch:
     """Read shots [start, stop) of a pack, and from the shards no other rows.
@@ -244,43 +246,39 @@ def read_pack(
     Args:
         slot: its place in the step.
         pin: read into page-locked memory.
+        blocks: where other memory comes from.
         at: told what is going to be read, each time before it is.
 
     Raises:
         UserError: a shard is damaged; names shard, film and modality.
     """
     rows = stop - start
-    out = FilmSlice.empty(index.modalities, rows, pin=pin)
-    film_P = torch.full((rows,), -1)
-    shot_P = torch.zeros(rows, dtype=torch.int64)
-    position_P = torch.empty(rows, dtype=torch.int64)
-    segment_P = torch.empty(rows, dtype=torch.int64)
+    out = FilmSlice.empty(index.modalities, rows, pin=pin, blocks=blocks)
+    length_S = np.array(pack.lengths)
+    first_S = np.cumsum(length_S) - length_S
     parts: list[Part] = []
-    segment_start = 0
-    for segment, length in enumerate(pack.lengths):
-        first, last = max(segment_start, start), min(segment_start + length, stop)
-        if first < last:
-            here = slice(first - start, last - start)
-            position_P[here] = torch.arange(first - segment_start, last - segment_start)
-            segment_P[here] = segment
-            part = out.rows(here.start, here.stop)
-            if segment < len(pack.windows):
-                window = pack.windows[segment]
-                first_shot = window.start + first - segment_start
-                film_P[here] = window.film
-                shot_P[here] = torch.arange(first_shot, first_shot + last - first)
-                parts.append(Part(window.film, first_shot, part))
-            else:
-                part.clear()
-        segment_start += length
+    for window, first in zip(pack.windows, first_S.tolist(), strict=False):
+        low, high = max(first, start), min(first + window.stop - window.start, stop)
+        if low < high:
+            parts.append(Part(window.film, window.start + low - first, out.rows(low - start, high - start)))
+    shown = min(max(pack.shots - start, 0), rows)
+    if shown < rows:
+        out.rows(shown, rows).clear()
+    idle = len(pack.idle)
+    film_S = np.array([w.film for w in pack.windows] + [-1] * idle)
+    shot_S = np.array([w.start for w in pack.windows] + [0] * idle)
+    segment_P = np.repeat(np.arange(len(length_S)), length_S)[start:stop]
+    position_P = np.arange(start, stop) - first_S[segment_P]
+    shot_P = shot_S[segment_P] + position_P
+    shot_P[shown:] = 0
     for some in index.together(parts):
         at(some)
         index.read_parts(some)
     rest = {
-        "film_P": film_P,
-        "shot_P": shot_P,
-        "position_P": position_P,
-        "segment_P": segment_P,
+        "film_P": torch.from_numpy(film_S[segment_P]),
+        "shot_P": torch.from_numpy(shot_P),
+        "position_P": torch.from_numpy(position_P),
+        "segment_P": torch.from_numpy(segment_P),
         "time_P": out.shots_N2[:, 0].float() / 1000,
     }
     return PackBatch(

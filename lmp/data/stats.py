@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lmp.data.index import FilmIndex, FilmSlice, Part
+from lmp.data.film_slice import FilmSlice, Part
+from lmp.data.index import FilmIndex
 from lmp.data.plan import Films, PlanSettings, plan
 from lmp.errors import UserError
 

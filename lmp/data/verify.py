@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmp.data.index import FilmIndex, FilmSlice, Part
+from lmp.data.film_slice import FilmSlice, Part
+from lmp.data.index import FilmIndex
 from lmp.data.manifest import CHECK, Column, modalities_to_json
 from lmp.data.members import Member, Walk, walk
 from lmp.data.storage import Range, ReadError

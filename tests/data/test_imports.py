@@ -18,7 +18,8 @@ import torch
 import webdataset
 
 from lmp.cli import main
-from lmp.data.index import FilmIndex, FilmSlice
+from lmp.data.film_slice import FilmSlice
+from lmp.data.index import FilmIndex
 from lmp.data.verify import verify
 
 LENGTHS = {"alpha": 5, "beta": 9, "gamma": 3}

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from lmp.data import remote, storage
-from lmp.data.index import FilmIndex, FilmSlice, Part
+from lmp.data.film_slice import FilmSlice, Part
+from lmp.data.index import FilmIndex
 from lmp.data.loader import PackLoader
 from lmp.data.plan import PlanSettings
 from lmp.data.shards import FilmRecord
