@@ -81,6 +81,7 @@ class ModelSection(Section):
     max_positions: int = Field(512, ge=1, description="longest window that learned positions can number")
     initial_temperature: float = Field(0.07, gt=0)
     minimum_temperature: float = Field(0.01, gt=0)
+    initial_bias: float = Field(-10.0, allow_inf_nan=False, description="of the sigmoid loss")
 
 
 class OptimizerConfig(Section):

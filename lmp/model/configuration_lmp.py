@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+CONTRASTIVE_LOSSES = ("info_nce", "sigmoid")
 POSITIONS = ("learned", "sinusoidal", "rope", "time_rope")
 PAPER_MODALITIES = {
     "video": {"tokens": 1, "width": 512},
@@ -39,6 +40,8 @@ class LmpConfig(PretrainedConfig):
         initializer_range: standard deviation of the initial weights.
         initial_temperature, minimum_temperature: where the learned temperatures begin, and what they never
             fall below.
+        contrastive_loss: "info_nce" or "sigmoid"; with the latter each temperature has a learned bias beside it.
+        initial_bias: where those biases begin.
         modality_order: names of `modalities` in order; config.json sorts its keys, so the order is kept here.
 
     Raises:
@@ -66,6 +69,8 @@ class LmpConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         initial_temperature: float = 0.07,
         minimum_temperature: float = 0.01,
+        contrastive_loss: str = "info_nce",
+        initial_bias: float = -10.0,
         modality_order: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -89,6 +94,8 @@ class LmpConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.initial_temperature = initial_temperature
         self.minimum_temperature = minimum_temperature
+        self.contrastive_loss = contrastive_loss
+        self.initial_bias = initial_bias
         faults = [*_modality_faults(self), *_shape_faults(self), *_position_faults(self)]
         if faults:
             raise ValueError("LmpConfig: " + "; ".join(faults))
@@ -154,6 +161,8 @@ def _shape_faults(config: LmpConfig) -> list[str]:
             f"initial_temperature {config.initial_temperature} must be above "
             f"minimum_temperature {config.minimum_temperature}, and that above 0"
         )
+    if config.contrastive_loss not in CONTRASTIVE_LOSSES:
+        faults.append(f"contrastive_loss {config.contrastive_loss!r} is unknown: choose one of {CONTRASTIVE_LOSSES}")
     return faults
 
 

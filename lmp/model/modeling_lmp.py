@@ -33,6 +33,9 @@ from .attention import (
 )
 from .configuration_lmp import LmpConfig
 
+OBJECTIVES = ("masked", "alignment", "reconstruction")
+"""Each has its own temperature and, with the sigmoid loss, its own bias."""
+
 
 @dataclass
 class LmpModelOutput(ModelOutput):
@@ -58,6 +61,7 @@ class LmpPretrainingOutput(ModelOutput):
         aligned: NAME -> [P, K, E], contextual tokens in the space that modalities share.
         reconstructed: [P, K of the target, E], cross-modal tokens in that space.
         scale: "masked" | "alignment" | "reconstruction" -> [1] fp32, one over the temperature.
+        bias: the same names -> [1] fp32; None unless the configuration's loss is "sigmoid".
     """
 
     contextual: dict[str, Tensor] | None = None
@@ -67,6 +71,7 @@ class LmpPretrainingOutput(ModelOutput):
     aligned: dict[str, Tensor] | None = None
     reconstructed: Tensor | None = None
     scale: dict[str, Tensor] | None = None
+    bias: dict[str, Tensor] | None = None
 
 
 class LearnedPositions(nn.Embedding):
@@ -222,6 +227,18 @@ class Temperature(nn.Module):
         return 1.0 / (self.floor + self.log_excess.float().exp())
 
 
+class Bias(nn.Module):
+    """What the sigmoid loss adds to every logit, learned; it begins low, since nearly all pairs are negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(1))
+
+    def forward(self) -> Tensor:
+        """[1] fp32."""
+        return self.value.float()
+
+
 class TargetProjection(nn.Linear):
     """Base features, layer-normed without weights, into the contrastive space: [..., I] -> [..., E].
 
@@ -249,6 +266,8 @@ class LmpPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Temperature):
             excess = self.config.initial_temperature - self.config.minimum_temperature
             nn.init.constant_(module.log_excess, math.log(excess))
+        elif isinstance(module, Bias):
+            nn.init.constant_(module.value, self.config.initial_bias)
         elif isinstance(module, LearnedPositions):
             self._init_positions(module.weight)
         else:
@@ -398,9 +417,9 @@ class LmpForPretraining(LmpPreTrainedModel):
         )
         self.alignment_heads = nn.ModuleDict({name: Mlp(width, width, space) for name in names})
         self.reconstruction_head = Mlp(width, width, space)
-        self.temperatures = nn.ModuleDict(
-            {name: Temperature(config) for name in ("masked", "alignment", "reconstruction")}
-        )
+        self.temperatures = nn.ModuleDict({name: Temperature(config) for name in OBJECTIVES})
+        sigmoid = config.contrastive_loss == "sigmoid"
+        self.biases = nn.ModuleDict({name: Bias() for name in OBJECTIVES}) if sigmoid else None
         self.post_init()
 
     def set_attention(self, attend: Attend) -> None:
@@ -428,6 +447,7 @@ class LmpForPretraining(LmpPreTrainedModel):
             aligned={name: unit(self.alignment_heads[name](x)) for name, x in out.contextual.items()},
             reconstructed=unit(self.reconstruction_head(out.cross)),
             scale={name: temperature() for name, temperature in self.temperatures.items()},
+            bias=None if self.biases is None else {name: bias() for name, bias in self.biases.items()},
         )
 
     def _target(self, name: str, feature_PKI: Tensor, valid_P: Tensor) -> Tensor:

@@ -27,17 +27,19 @@ def build_objectives(
         sources: the modalities that it reads; None: all but the target.
     """
     from lmp.objectives.alignment import Alignment
+    from lmp.objectives.base import Contrast
     from lmp.objectives.masked_shot import MaskedShot
     from lmp.objectives.reconstruction import Reconstruction
 
+    contrast = Contrast(loss=section.loss, scope=section.scope, exclude_near=section.exclude_near, tile=section.tile)
     objectives: list[Objective] = [
-        MaskedShot(weight=section.masked_shot.weight, tile=section.tile),
-        Alignment(weight=section.alignment.weight, tile=section.tile),
+        MaskedShot(weight=section.masked_shot.weight, contrast=contrast),
+        Alignment(weight=section.alignment.weight, contrast=contrast),
         Reconstruction(
             target=target,
             sources=None if sources is None else tuple(sources),
             weight=section.reconstruction.weight,
-            tile=section.tile,
+            contrast=contrast,
         ),
     ]
     return [objective for objective in objectives if objective.weight > 0]

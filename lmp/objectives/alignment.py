@@ -1,28 +1,28 @@
-"""Inter-modal alignment: a shot's modalities find each other among the shots of the pack."""
+"""Inter-modal alignment: a shot's modalities find each other among the shots in scope."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmp.objectives.base import Gather, ObjectiveBatch, ObjectiveOutput, PackView, Tally, Term, contrast
+from lmp.objectives.base import Contrast, Gather, ObjectiveBatch, ObjectiveOutput, PackView, Tally, Term, bias_of
 from lmp.objectives.contrastive import at_least_fp32
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Symmetric InfoNCE for each pair of modalities, half from each side.
+    """A symmetric contrastive loss for each pair of modalities, half from each side.
 
-    Per pair: rows and candidates are the shots that are valid and unmasked in both. A shot with several
+    Per pair: rows and, in scope, candidates are the shots that are valid and unmasked in both. A shot with several
     tokens counts as their mean, at unit length.
     """
 
     weight: float = 1.0
-    tile: int = 4096
+    contrast: Contrast = field(default_factory=Contrast)
     name: str = "alignment"
 
     def count(self, batch: ObjectiveBatch, gather: Gather) -> Tensor:
@@ -34,22 +34,22 @@ class Alignment:
     def __call__(self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False) -> Term:
         """The loss of this slice; see Objective."""
         pack = PackView.of(batch, gather)
-        scale = output.scale["alignment"]
-        tally = Tally(scale, *output.aligned.values())
+        scale, bias = output.scale["alignment"], bias_of(output, "alignment")
+        tally = Tally(scale, bias, *output.aligned.values())
         own = {name: _shot_embedding(output.aligned[name]) for name in batch.features}
         whole = {name: gather(x_P1E) for name, x_P1E in own.items()}
         seen = {name: pack.valid[name] & ~pack.masked[name] for name in own}
         for one, other in combinations(own, 2):
             both_P = seen[one] & seen[other]
             for query, candidate in ((one, other), (other, one)):
-                scores = contrast(
+                scores = self.contrast(
                     own[query],
                     whole[candidate],
                     rows_P=both_P[pack.place_P],
                     chosen_P=both_P,
-                    place_P=pack.place_P,
+                    pack=pack,
                     scale=scale,
-                    tile=self.tile,
+                    bias=bias,
                 )
                 tally.add(f"{one}-{other}", scores, weight=0.5)
         return tally.term()

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lmp.objectives.contrastive import at_least_fp32, info_nce
+from lmp.objectives.contrastive import Restriction, at_least_fp32, info_nce, sigmoid
 
 Gather = Callable[[Tensor], Tensor]
-"""[P_local, ...] -> [P, ...] over the sequence group, in rank order, with its true adjoint.
+"""[P_local, ...] -> [P, ...]: the whole pack from a rank's run of it, with its true adjoint.
 
-The identity when sp = 1. Every rank calls it equally often and in the same order, whatever its data.
+The identity when sp = 1. In the scope `step` the packs of the step, laid end to end, count as one pack: P are the
+shots of all of them, P_local those of this rank's runs of its own. Every rank calls it equally often and in the same
+order, whatever its data.
 Tensors without gradient (bool and int64 too) are only joined.
 """
 
 
 @dataclass
 class ObjectiveBatch:
-    """One rank's slice of one pack, on the model's device.
+    """One rank's slice of one pack (or of all packs of the step, see Gather), on the model's device.
 
     Attributes:
         features: NAME -> [P_local, K, D] base features, stored dtype.
@@ -65,6 +66,15 @@ class ObjectiveOutput(Protocol):
     def scale(self) -> Mapping[str, Tensor]:
         """ "masked", "alignment", "reconstruction" -> one element, 1 / temperature."""
 
+    @property
+    def bias(self) -> Mapping[str, Tensor] | None:
+        """The same names -> one element, added to the logits; None unless the loss is `sigmoid`."""
+
+
+def bias_of(output: ObjectiveOutput, name: str) -> Tensor | None:
+    """The bias of the sigmoid loss, where the model has one."""
+    return None if output.bias is None else output.bias[name]
+
 
 @dataclass
 class Term:
@@ -101,31 +111,37 @@ class Objective(Protocol):
 
 @dataclass
 class PackView:
-    """What one rank knows of the whole pack.
+    """What one rank knows of the whole pack (or of all packs of the step, see Gather).
 
     Attributes:
         place_P: [P_local] int64, where the rank's own shots lie in the pack.
-        segment_P: [P] int64, of the whole pack.
+        segment_P: [P] int64, of the whole pack; does not decrease.
+        film_P, shot_P: [P] int64, of the whole pack.
         valid, masked: NAME -> [P] bool, of the whole pack.
     """
 
     place_P: Tensor
     segment_P: Tensor
+    film_P: Tensor
+    shot_P: Tensor
     valid: dict[str, Tensor]
     masked: dict[str, Tensor]
 
     @classmethod
     def of(cls, batch: ObjectiveBatch, gather: Gather) -> PackView:
-        """Gathers segments and flags in one exchange."""
+        """Gathers segments, films, shots and flags in one exchange."""
         names = list(batch.features)
         flags = [batch.valid[name] for name in names] + [batch.masked[name] for name in names]
-        columns = gather(torch.stack([batch.segment_P, *(flag.long() for flag in flags)], dim=1)).unbind(1)
-        segment_P = columns[0].contiguous()
-        seen = [column.bool() for column in columns[1:]]
+        numbers = [batch.segment_P, batch.film_P, batch.shot_P]
+        columns = gather(torch.stack([*numbers, *(flag.long() for flag in flags)], dim=1)).unbind(1)
+        segment_P, film_P, shot_P = (column.contiguous() for column in columns[:3])
+        seen = [column.bool() for column in columns[3:]]
         return cls(
             # Segments lie end to end: a shot's place is its segment's first place plus its position there.
             place_P=torch.searchsorted(segment_P, batch.segment_P.contiguous()) + batch.position_P,
             segment_P=segment_P,
+            film_P=film_P,
+            shot_P=shot_P,
             valid=dict(zip(names, seen[: len(names)], strict=True)),
             masked=dict(zip(names, seen[len(names) :], strict=True)),
         )
@@ -133,11 +149,14 @@ class PackView:
 
 @dataclass
 class Scores:
-    """Row by row: loss_R (differentiable), hit_R (bool), and the number of candidates each row had."""
+    """Row by row: loss_R (differentiable), hit_R (bool), and chance_R (float64).
+
+    Chance is the loss of the best answer that is the same for all candidates.
+    """
 
     loss_R: Tensor
     hit_R: Tensor
-    candidates: int
+    chance_R: Tensor
 
 
 def numbering(chosen_P: Tensor) -> Tensor:
@@ -150,41 +169,114 @@ def token_index(shot_R: Tensor, tokens: int) -> Tensor:
     return (shot_R[:, None] * tokens + torch.arange(tokens, device=shot_R.device)).flatten()
 
 
-def contrast(
-    query_PKE: Tensor,
-    candidate_PKE: Tensor,
-    *,
-    rows_P: Tensor,
-    chosen_P: Tensor,
-    place_P: Tensor,
-    scale: Tensor,
-    tile: int,
-) -> Scores:
-    """InfoNCE between a rank's own tokens and the tokens of the whole pack; the positive is the same token.
+@dataclass(frozen=True)
+class Contrast:
+    """How rows are held against candidates; the settings that all objectives share.
 
-    Args:
-        query_PKE: [P_local, K, E], own slice.
-        candidate_PKE: [P, K, E], whole pack.
-        rows_P: [P_local] bool, the shots whose tokens are rows; all of them are among the candidates.
-        chosen_P: [P] bool, the shots whose tokens are candidates.
-        place_P: [P_local] int64, place of the own shots in the pack.
-        scale: 1 / temperature.
+    Attributes:
+        loss: see contrastive.py.
+        scope: `film` keeps a row's candidates to its own segment. `pack` and `step` take all there are: which they
+            are is decided by what is gathered.
+        exclude_near: a candidate of the row's film at most this many shots away is no candidate, unless it is the
+            positive; other tokens of the row's own shot are 0 shots away. 0: all are.
         tile: see info_nce.
     """
-    own_R = rows_P.nonzero()[:, 0]
-    query_RE = query_PKE.index_select(0, own_R).flatten(0, 1)
-    candidate_GE = candidate_PKE.index_select(0, chosen_P.nonzero()[:, 0]).flatten(0, 1)
-    positive_R = token_index(numbering(chosen_P)[place_P[own_R]], query_PKE.shape[1])
-    loss_R, hit_R = info_nce(query_RE, candidate_GE, positive_R, scale, tile=tile)
-    return Scores(loss_R, hit_R, candidates=candidate_GE.shape[0])
+
+    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    scope: Literal["pack", "film", "step"] = "pack"
+    exclude_near: int = 0
+    tile: int = 4096
+
+    def __call__(
+        self,
+        query_PKE: Tensor,
+        candidate_PKE: Tensor,
+        *,
+        rows_P: Tensor,
+        chosen_P: Tensor,
+        pack: PackView,
+        scale: Tensor,
+        bias: Tensor | None,
+    ) -> Scores:
+        """The loss between a rank's own tokens and the tokens of the whole pack; the positive is the same token.
+
+        Args:
+            query_PKE: [P_local, K, E], own slice.
+            candidate_PKE: [P, K, E], whole pack.
+            rows_P: [P_local] bool, the shots whose tokens are rows; all of them are among the candidates.
+            chosen_P: [P] bool, the shots whose tokens are candidates.
+            pack: the whole pack.
+            scale: 1 / temperature.
+            bias: of the sigmoid loss.
+        """
+        own_R, tokens = rows_P.nonzero()[:, 0], query_PKE.shape[1]
+        query_RE = query_PKE.index_select(0, own_R).flatten(0, 1)
+        candidate_GE = candidate_PKE.index_select(0, chosen_P.nonzero()[:, 0]).flatten(0, 1)
+        place_R = pack.place_P[own_R]
+        positive_R = token_index(numbering(chosen_P)[place_R], tokens)
+        only = self.restriction(pack, place_R=place_R, chosen_P=chosen_P, tokens=tokens)
+        count_R = _candidates(only, rows=query_RE.shape[0], among=candidate_GE)
+        # Always the same answer: 1 / G in each case, which costs ln G; with sigmoid also for the G - 1 others.
+        if self.loss == "sigmoid":
+            assert bias is not None, "the model has no bias: its configuration names another loss"
+            loss_R, hit_R = sigmoid(query_RE, candidate_GE, positive_R, scale, bias, only=only, tile=self.tile)
+            chance_R = torch.xlogy(count_R, count_R) - torch.xlogy(count_R - 1, count_R - 1)
+        else:
+            loss_R, hit_R = info_nce(query_RE, candidate_GE, positive_R, scale, only=only, tile=self.tile)
+            chance_R = count_R.log()
+        return Scores(loss_R, hit_R, chance_R)
+
+    def restriction(self, pack: PackView, *, place_R: Tensor, chosen_P: Tensor, tokens: int) -> Restriction:
+        """Which candidates the tokens of the shots at `place_R` may choose from.
+
+        Args:
+            pack: the whole pack.
+            place_R: int64, places of shots in the pack.
+            chosen_P: [P] bool, the shots whose tokens are candidates.
+            tokens: K.
+        """
+        span_R2, key_G, near_R2 = None, None, None
+        if self.scope == "film":
+            segment_N, segment_R = pack.segment_P[chosen_P], pack.segment_P[place_R]
+            ends = [torch.searchsorted(segment_N, segment_R, right=right) for right in (False, True)]
+            span_R2 = (tokens * torch.stack(ends, dim=1)).repeat_interleave(tokens, dim=0)
+        if self.exclude_near:
+            # With segments in place of films what is near lies within the row's span.
+            group_P = pack.segment_P if self.scope == "film" else pack.film_P
+            key_P = group_P * _FILM_STRIDE + pack.shot_P
+            key_G = key_P[chosen_P].repeat_interleave(tokens)
+            reach = torch.where(pack.film_P[place_R] >= 0, self.exclude_near, _NOTHING)
+            near_R2 = torch.stack([key_P[place_R] - reach, key_P[place_R] + reach], dim=1)
+            near_R2 = near_R2.repeat_interleave(tokens, dim=0)
+        return Restriction(span_R2=span_R2, key_G=key_G, near_R2=near_R2)
+
+
+_FILM_STRIDE = 2**32  # above the largest shot number plus the largest exclude_near, both below 2**31
+_NOTHING = -1  # a reach that makes an empty range
+
+
+def _candidates(only: Restriction, *, rows: int, among: Tensor) -> Tensor:
+    """[R] float64: how many candidates each row has, for restrictions made by Contrast."""
+    if only.span_R2 is not None:
+        count_R = only.span_R2[:, 1] - only.span_R2[:, 0]
+    else:
+        count_R = torch.full((rows,), among.shape[0], device=among.device)
+    if only.near_R2 is not None:
+        assert only.key_G is not None
+        key_G = only.key_G.sort().values
+        low_R, high_R = only.near_R2.t().contiguous().unbind()
+        near_R = torch.searchsorted(key_G, high_R, right=True) - torch.searchsorted(key_G, low_R)
+        # The positive is among the near ones, and stays.
+        count_R = count_R - (near_R - 1).clamp(min=0)
+    return count_R.double()
 
 
 class Tally:
     """Adds up one objective's parts (its modalities, or pairs of them) into a Term."""
 
-    def __init__(self, *anchors: Tensor) -> None:
-        """`anchors` stay part of the graph even if no part is ever added."""
-        nothing = [at_least_fp32(anchor).flatten()[:0].sum() for anchor in anchors]
+    def __init__(self, *anchors: Tensor | None) -> None:
+        """`anchors` (those there are) stay part of the graph even if no part is ever added."""
+        nothing = [at_least_fp32(anchor).flatten()[:0].sum() for anchor in anchors if anchor is not None]
         self._total = torch.stack(nothing).sum()
         self._count = _fp64(0, self._total)
         self._metrics: dict[str, tuple[Tensor, Tensor]] = {}
@@ -194,9 +286,8 @@ class Tally:
         rows = weight * scores.loss_R.numel()
         self._total = self._total + weight * scores.loss_R.sum()
         self._count = self._count + rows
-        chance = math.log(max(scores.candidates, 1))
         self._metric(f"{part}/loss", weight * scores.loss_R.detach().double().sum(), rows)
-        self.metric(part, "chance", rows * chance, rows)
+        self.metric(part, "chance", weight * scores.chance_R.sum(), rows)
         self.metric(part, "top1", weight * scores.hit_R.double().sum(), rows)
 
     def metric(self, part: str, name: str, total: Any, count: float) -> None:

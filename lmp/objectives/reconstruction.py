@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lmp.objectives.base import Gather, ObjectiveBatch, ObjectiveOutput, PackView, Tally, Term, contrast
+from lmp.objectives.base import Contrast, Gather, ObjectiveBatch, ObjectiveOutput, PackView, Tally, Term, bias_of
 from lmp.objectives.contrastive import at_least_fp32
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """InfoNCE between the cross-modal tokens and the target modality's alignment embeddings.
+    """The cross-modal tokens against the target modality's alignment embeddings.
 
     The latter get no gradient. Rows are the target's valid unmasked tokens where at least one source is valid
-    and unmasked; candidates are all the target's valid unmasked tokens of the pack.
+    and unmasked; candidates are all the target's valid unmasked tokens in scope.
 
     Args:
         sources: names of the modalities that the cross-modal transformer reads; None: all but the target.
@@ -25,7 +25,7 @@ class Reconstruction:
     target: str = "video"
     sources: tuple[str, ...] | None = None
     weight: float = 1.0
-    tile: int = 4096
+    contrast: Contrast = field(default_factory=Contrast)
     name: str = "reconstruction"
 
     def count(self, batch: ObjectiveBatch, gather: Gather) -> Tensor:
@@ -35,16 +35,16 @@ class Reconstruction:
     def __call__(self, output: ObjectiveOutput, batch: ObjectiveBatch, gather: Gather, *, rivals: bool = False) -> Term:
         """The loss of this slice; see Objective."""
         pack = PackView.of(batch, gather)
-        scale = output.scale["reconstruction"]
-        tally = Tally(scale, output.reconstructed)
-        scores = contrast(
+        scale, bias = output.scale["reconstruction"], bias_of(output, "reconstruction")
+        tally = Tally(scale, bias, output.reconstructed)
+        scores = self.contrast(
             at_least_fp32(output.reconstructed),
             gather(at_least_fp32(output.aligned[self.target].detach())),
             rows_P=self._rows(batch),
             chosen_P=pack.valid[self.target] & ~pack.masked[self.target],
-            place_P=pack.place_P,
+            pack=pack,
             scale=scale,
-            tile=self.tile,
+            bias=bias,
         )
         tally.add(self.target, scores)
         return tally.term()

@@ -1,22 +1,26 @@
 """Cheap rivals of masked shot modelling: what needs no training must be beaten.
 
 Both predict a masked token's base feature from the unmasked shots of its own segment, and choose by cosine
-among the candidates of the loss, in base-feature space centred on the pack's mean (raw features share a large
-part).
+among the candidates that the loss gives each row, in base-feature space centred on the mean of all candidates (raw
+features share a large part).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmp.objectives.base import PackView, numbering, token_index
+from lmp.objectives.base import Contrast, PackView, numbering, token_index
 from lmp.objectives.contrastive import at_least_fp32, top1_hits
 
 
 @torch.no_grad()
-def rival_hits(features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tensor, tile: int) -> dict[str, Tensor]:
+def rival_hits(
+    features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tensor, contrast: Contrast
+) -> dict[str, Tensor]:
     """Whether each rival chooses the right candidate; a rival with nothing to go by in the segment misses.
 
     Args:
@@ -24,7 +28,7 @@ def rival_hits(features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tenso
         name: the modality.
         pack: the whole pack.
         rows_P: [P_local] bool, the masked shots of this rank's slice.
-        tile: see top1_hits.
+        contrast: of the objective.
 
     Returns:
         "copy" (the nearest unmasked shot of the segment, the earlier of two; it may not choose that shot
@@ -38,8 +42,10 @@ def rival_hits(features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tenso
     centred_NKD = centred_NKD - centred_NKD.mean((0, 1))
     tokens = centred_NKD.shape[1]
 
-    mean_SKD = _segment_means(centred_NKD, known_P[valid_P], pack.segment_P[valid_P])
-    mean_RD = mean_SKD[pack.segment_P[valid_P][listed_P[place_R]]].flatten(0, 1)
+    # Numbered anew: segment numbers may have gaps.
+    segment_N = pack.segment_P[valid_P].unique_consecutive(return_inverse=True)[1]
+    mean_SKD = _segment_means(centred_NKD, known_P[valid_P], segment_N)
+    mean_RD = mean_SKD[segment_N[listed_P[place_R]]].flatten(0, 1)
 
     unit_NKD = F.normalize(centred_NKD, dim=-1)
     near_R = nearest_known(known_P, pack.segment_P)[place_R]
@@ -47,13 +53,15 @@ def rival_hits(features_PKD: Tensor, name: str, pack: PackView, *, rows_P: Tenso
     copied_R = listed_P[near_R.clamp(min=0)].clamp(min=0)
     # A row without any unmasked shot asks with zeros: all ties, a miss.
     copy_RD = (unit_NKD[copied_R] * found_R[:, None, None]).flatten(0, 1)
-    skip_R = torch.where(found_R, copied_R * tokens, -tokens).repeat_interleave(tokens)
+    first_R = torch.where(found_R, copied_R * tokens, -tokens).repeat_interleave(tokens)
 
     unit_GD = unit_NKD.flatten(0, 1)
     positive_R = token_index(listed_P[place_R], tokens)
+    only = contrast.restriction(pack, place_R=place_R, chosen_P=valid_P, tokens=tokens)
+    copy_only = replace(only, skip_R2=torch.stack([first_R, first_R + tokens], dim=1))
     return {
-        "copy": top1_hits(copy_RD, unit_GD, positive_R, skip_R=skip_R, skip_width=tokens, tile=tile),
-        "mean": top1_hits(mean_RD, unit_GD, positive_R, tile=tile),
+        "copy": top1_hits(copy_RD, unit_GD, positive_R, only=copy_only, tile=contrast.tile),
+        "mean": top1_hits(mean_RD, unit_GD, positive_R, only=only, tile=contrast.tile),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,14 +25,23 @@ class MaskedShotConfig(ObjectiveConfig):
 
 
 class ObjectivesConfig(BaseModel):
-    """All objectives. `tile` is the side of the square of logits that is in memory at once."""
+    """All objectives, and how they compare."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     masked_shot: MaskedShotConfig = MaskedShotConfig()
     alignment: ObjectiveConfig = ObjectiveConfig()
     reconstruction: ObjectiveConfig = ObjectiveConfig()
-    tile: int = Field(default=4096, ge=1)
+    loss: Literal["info_nce", "sigmoid"] = Field(
+        default="info_nce", description="softmax over the candidates, or a yes or no for each (SigLIP)"
+    )
+    scope: Literal["pack", "film", "step"] = Field(
+        default="pack", description="whose shots are candidates: the pack's, the row's own window's, the whole step's"
+    )
+    exclude_near: int = Field(
+        default=0, ge=0, lt=2**31, description="shots of the same film this near are no negatives; 0: all are"
+    )
+    tile: int = Field(default=4096, ge=1, description="side of the square of logits that is in memory at once")
 
     @model_validator(mode="after")
     def _some_objective(self) -> ObjectivesConfig:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 import lmp
-from lmp.config import Config
+from lmp.config import Config, merge
 from lmp.errors import UserError
 
 FIXED = (
@@ -36,8 +36,12 @@ FIXED = (
     "data.block_shards",
     "model",
     "objectives.masked_shot",
+    "objectives.loss",
+    "objectives.scope",
+    "objectives.exclude_near",
 )
-"""What a resumed run may not change: it decides which shots and masks a step has, or the shape of the weights."""
+"""What a resumed run may not change: it decides which shots and masks a step has, the shape of the weights, or what
+the loss means."""
 
 
 class RunFolder:
@@ -70,8 +74,10 @@ class RunFolder:
         """
         if not self.config.is_file():
             return
-        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         now = config.model_dump(mode="json")
+        # A key that an older lmp did not have had the value that is its default today.
+        defaults = Config.model_validate({"data": now["data"]}).model_dump(mode="json")
+        before = merge(defaults, yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
         changed = [
             f"{key} was {_at(before, key)!r}, is {_at(now, key)!r}"
             for key in FIXED

@@ -254,7 +254,7 @@ def model_config(config: Config, index: FilmIndex) -> LmpConfig:
     """The model's configuration: its shape from the run, its modalities from the data set."""
     shape = config.model.model_dump()
     modalities = {name: {"tokens": m.tokens, "width": m.width} for name, m in index.modalities.items()}
-    return LmpConfig(modalities=modalities, **shape)
+    return LmpConfig(modalities=modalities, contrastive_loss=config.objectives.loss, **shape)
 
 
 def _memory_gib(device: torch.device) -> float:

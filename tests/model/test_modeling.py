@@ -320,6 +320,20 @@ def test_saved_and_loaded_alike(make_model: MakeModel, make_input: MakeInput, tm
     assert_same(dict(trunk(**inputs)), {"contextual": out.contextual, "cross": out.cross}, atol=0.0)
 
 
+def test_biases_are_there_with_the_sigmoid_loss_only(
+    make_model: MakeModel, make_input: MakeInput, tmp_path: Path
+) -> None:
+    without, model = make_model(), make_model(contrastive_loss="sigmoid", initial_bias=-7.0)
+    added = model.state_dict().keys() - without.state_dict().keys()
+    assert added == {f"biases.{name}.value" for name in ("masked", "alignment", "reconstruction")}
+    assert without(**make_input(without.config, 5)).bias is None
+    model.save_pretrained(tmp_path)
+    for one in (model, LmpForPretraining.from_pretrained(tmp_path)):
+        bias = one(**make_input(one.config, 5)).bias
+        assert {name: (x.shape, x.item()) for name, x in bias.items()} == dict.fromkeys(bias, ((1,), -7.0))
+        assert list(bias) == ["masked", "alignment", "reconstruction"]
+
+
 def test_loading_a_trunk_initialises_the_heads(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     with torch.no_grad():

@@ -81,7 +81,7 @@ def cut(thing: Any, part: slice) -> Any:
     """Rows `part` of a batch or of a model's output; the scales stay whole."""
     fields = {}
     for key, value in vars(thing).items():
-        if key == "scale":
+        if key in ("scale", "bias"):
             fields[key] = value
         elif isinstance(value, dict):
             fields[key] = {name: x[part] for name, x in value.items()}
@@ -322,7 +322,7 @@ def test_places_come_from_segments_and_positions() -> None:
     for start in range(0, sum(LENGTHS), 4):
         part = slice(start, start + 4)
         flags = [*batch.valid.values(), *batch.masked.values()]
-        whole = torch.stack([batch.segment_P, *(flag.long() for flag in flags)], dim=1)
+        whole = torch.stack([batch.segment_P, batch.film_P, batch.shot_P, *(flag.long() for flag in flags)], dim=1)
         view = PackView.of(cut(batch, part), lambda _, whole=whole: whole)
         assert view.place_P.tolist() == list(range(start, start + 4))
         assert all(torch.equal(view.masked[name], batch.masked[name]) for name in SHAPES)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmp.objectives.base import PackView
+from lmp.objectives.base import Contrast, PackView
 from lmp.objectives.rivals import nearest_known, rival_hits
 
 
@@ -17,13 +17,15 @@ def view(segment: list[int], valid: list[int], masked: list[int]) -> PackView:
     return PackView(
         place_P=torch.arange(len(segment)),
         segment_P=torch.tensor(segment),
+        film_P=torch.tensor(segment),
+        shot_P=torch.arange(len(segment)),
         valid={"video": torch.tensor(valid).bool()},
         masked={"video": torch.tensor(masked).bool()},
     )
 
 
 def hits(features_PKD: Tensor, pack: PackView, tile: int = 4096) -> dict[str, list[bool]]:
-    found = rival_hits(features_PKD, "video", pack, rows_P=pack.masked["video"], tile=tile)
+    found = rival_hits(features_PKD, "video", pack, rows_P=pack.masked["video"], contrast=Contrast(tile=tile))
     return {name: hit_R.tolist() for name, hit_R in found.items()}
 
 
