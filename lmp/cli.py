@@ -98,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_config_show)
     config.add_parser("keys", help="every key, its default and meaning").set_defaults(run=_config_keys)
 
+    doctor = commands.add_parser("doctor", help="what this machine and installation have, what they lack, and why")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+
     demo = commands.add_parser("demo", help="the whole path on films made here")
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
     demo.set_defaults(run=_demo)
@@ -187,6 +191,12 @@ def _config_keys(_: argparse.Namespace) -> int:
     for key, default, meaning in config_help():
         print(f"{key}  [{default}]  {meaning}")
     return EXIT_DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from lmp.scaling.doctor import doctor
+
+    return doctor(as_json=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

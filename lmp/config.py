@@ -101,6 +101,9 @@ class TrainConfig(Section):
 
     steps: int = Field(1000, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    attention: Literal["auto", "sdpa", "varlen", "flash2", "flash3", "flash4"] = Field(
+        "auto", description="attention backend; `lmp doctor` tells which there are here"
+    )
     log_every: int = Field(
         10, ge=1, description="steps between full metrics (rivals, accuracy); losses are logged each step"
     )

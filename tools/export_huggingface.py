@@ -4,7 +4,7 @@
 
     OUT/model.safetensors      fp32 weights
     OUT/config.json            configuration; `auto_map` names the remote code
-    OUT/*.py                   copies of the model's three files: what trained is what ships
+    OUT/*.py                   copies of the model's files: what trained is what ships
     OUT/preprocessing.json     how the base features were made
     OUT/fingerprint.json       where the weights come from, sha256 of every tensor
     OUT/README.md              model card, with the difference that was measured
@@ -36,7 +36,7 @@ from lmp.train.checkpoint import TrainedModel, load_trained
 from tools._card import Origin, card
 from tools._parity import Proof, check_tensors, digests, prove
 
-CODE_FILES = ("attention.py", "configuration_lmp.py", "modeling_lmp.py")
+CODE_FILES = ("attention.py", "backends.py", "configuration_lmp.py", "modeling_lmp.py")
 AUTO_MAP = {"AutoConfig": "configuration_lmp.LmpConfig", "AutoModel": "modeling_lmp.LmpModel"}
 HEADS_AUTO_MAP = {**AUTO_MAP, "AutoModelForPreTraining": "modeling_lmp.LmpForPretraining"}
 

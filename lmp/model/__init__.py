@@ -1,7 +1,7 @@
 """The model: single-device code that trains as it stands and ships as it stands.
 
-`attention.py`, `configuration_lmp.py` and `modeling_lmp.py` import nothing of lmp but each other; copies
-of them are the remote code of an exported model.
+`attention.py`, `backends.py`, `configuration_lmp.py` and `modeling_lmp.py` import nothing of lmp but each other;
+copies of them are the remote code of an exported model.
 """
 
 from __future__ import annotations

@@ -67,32 +67,52 @@ def attention(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segmen
     Raises:
         ValueError: token counts differ from the segments', or the numbers of segments differ.
     """
-    _check(q_THC, k_THC, q_segments, k_segments)
-    pairs = list(zip(q_segments.lengths, k_segments.lengths, strict=True))
-    if len(set(pairs)) == 1:
-        rows = (len(pairs), -1)
-        dense = _dense(*(x.unflatten(0, rows) for x in (q_THC, k_THC, v_THC)))
-        return dense.flatten(0, 1)
+    check_segments(q_THC, k_THC, q_segments, k_segments)
+    if equal_segments(q_segments, k_segments):
+        rows = (len(q_segments.lengths), -1)
+        return _dense(*(x.unflatten(0, rows) for x in (q_THC, k_THC, v_THC))).flatten(0, 1)
     groups: dict[tuple[int, int], list[int]] = {}
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(zip(q_segments.lengths, k_segments.lengths, strict=True)):
         groups.setdefault(pair, []).append(number)
-    q_parts = q_THC.split(list(q_segments.lengths))
-    k_parts = k_THC.split(list(k_segments.lengths))
-    v_parts = v_THC.split(list(k_segments.lengths))
+    lengths = (q_segments.lengths, k_segments.lengths, k_segments.lengths)
+    parts = [x.split(list(n)) for x, n in zip((q_THC, k_THC, v_THC), lengths, strict=True)]
     out: dict[int, Tensor] = {}
     for members in groups.values():
-        dense = _dense(*(torch.stack([parts[i] for i in members]) for parts in (q_parts, k_parts, v_parts)))
-        out.update(zip(members, dense.unbind(0), strict=True))
-    return torch.cat([out[number] for number in range(len(pairs))])
+        if len(members) == 1:  # views, where a stack would copy
+            batch = [part[members[0]][None] for part in parts]
+        else:
+            batch = [torch.stack([part[i] for i in members]) for part in parts]
+        out.update(zip(members, _dense(*batch).unbind(0), strict=True))
+    return torch.cat([out[number] for number in range(len(out))])
 
 
 def _dense(q_SLHC: Tensor, k_SLHC: Tensor, v_SLHC: Tensor) -> Tensor:
     """[S, Lq, H, C], [S, Lk, H, C] x 2 -> [S, Lq, H, C]."""
-    out_SHLC = F.scaled_dot_product_attention(q_SLHC.transpose(1, 2), k_SLHC.transpose(1, 2), v_SLHC.transpose(1, 2))
-    return out_SHLC.transpose(1, 2)
+    q_SHLC, k_SHLC, v_SHLC = (within_int32(x).transpose(1, 2) for x in (q_SLHC, k_SLHC, v_SLHC))
+    return F.scaled_dot_product_attention(q_SHLC, k_SHLC, v_SHLC).transpose(1, 2)
 
 
-def _check(q_THC: Tensor, k_THC: Tensor, q_segments: Segments, k_segments: Segments) -> None:
+MAX_SPAN = 2**31
+"""Elements that a kernel with 32-bit offsets cannot reach across."""
+
+
+def within_int32(x: Tensor) -> Tensor:
+    """`x`, made contiguous if its first and last element lie 2**31 or more apart, as in views of a long packed qkv."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.contiguous() if span >= MAX_SPAN else x
+
+
+def equal_segments(q_segments: Segments, k_segments: Segments) -> bool:
+    """Whether all segments have the same two lengths, so that they are one dense batch."""
+    return all(min(segments.lengths) == segments.max_length for segments in (q_segments, k_segments))
+
+
+def check_segments(q_THC: Tensor, k_THC: Tensor, q_segments: Segments, k_segments: Segments) -> None:
+    """Hold tensors against their segments.
+
+    Raises:
+        ValueError: token counts differ from the segments', or the numbers of segments differ.
+    """
     for name, tensor, segments in (("queries", q_THC, q_segments), ("keys", k_THC, k_segments)):
         if tensor.shape[0] != segments.total:
             raise ValueError(f"{name}: {tensor.shape[0]} tokens, but their segments hold {segments.total}")

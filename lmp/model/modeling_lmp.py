@@ -31,6 +31,7 @@ from .attention import (
     rotation_angles,
     sinusoid,
 )
+from .backends import resolve
 from .configuration_lmp import LmpConfig
 
 OBJECTIVES = ("masked", "alignment", "reconstruction")
@@ -304,8 +305,17 @@ class LmpModel(LmpPreTrainedModel):
         self.cross = CrossTransformer(config)
         self.post_init()
 
-    def set_attention(self, attend: Attend) -> None:
-        """Use `attend` (signature and shapes of `attention.attention`) for all attention."""
+    def set_attention(self, attend: Attend | str) -> None:
+        """Use `attend` for all attention: a function with the signature and shapes of `attention.attention`, or
+        the name of a backend ("auto", "sdpa", ...; see `backends`), chosen for the model's device and dtype as
+        they are now.
+
+        Raises:
+            ValueError: there is no such backend, or it cannot be used here; the message says why.
+        """
+        if isinstance(attend, str):
+            head_dim = self.config.width // self.config.heads
+            attend = resolve(attend, device=self.device, dtype=self.dtype, head_dim=head_dim)
         self.attention = attend
 
     def forward(
@@ -422,7 +432,7 @@ class LmpForPretraining(LmpPreTrainedModel):
         self.biases = nn.ModuleDict({name: Bias() for name in OBJECTIVES}) if sigmoid else None
         self.post_init()
 
-    def set_attention(self, attend: Attend) -> None:
+    def set_attention(self, attend: Attend | str) -> None:
         """As `LmpModel.set_attention`."""
         self.lmp.set_attention(attend)
 

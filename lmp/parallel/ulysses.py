@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmp.model.attention import Segments, attention
+from lmp.model.attention import Attend, Segments, attention
 from lmp.parallel.collectives import heads_to_sequence, sequence_to_heads
 
 
@@ -19,10 +19,15 @@ class UlyssesAttention:
 
     Called with local q [T_local, H, C], k and v [T_k_local, H, C] and the segments of the whole pack; returns
     the local [T_local, H, C]. H must be a multiple of the group's size (checked in the configuration).
+
+    Args:
+        group: the ranks that share one pack.
+        attend: what each rank computes on the whole pack for its heads.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, attend: Attend = attention) -> None:
         self.group = group
+        self.attend = attend
 
     def __call__(
         self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segments, k_segments: Segments
@@ -30,5 +35,5 @@ class UlyssesAttention:
         q_all = sequence_to_heads(q_THC, self.group)
         # Keys and values have one shape, so they travel together.
         k_all, v_all = sequence_to_heads(torch.cat([k_THC, v_THC], dim=-1), self.group).chunk(2, dim=-1)
-        out_all = attention(q_all, k_all, v_all, q_segments=q_segments, k_segments=k_segments)
+        out_all = self.attend(q_all, k_all, v_all, q_segments=q_segments, k_segments=k_segments)
         return heads_to_sequence(out_all, self.group)

@@ -17,6 +17,7 @@ from lmp.data.loader import PackLoader, StepBatch
 from lmp.data.stream import Cursor, Stream
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpForPretraining
+from lmp.model.backends import ChosenAttention, resolve
 from lmp.objectives import build_objectives
 from lmp.parallel.mesh import Mesh, mesh
 from lmp.parallel.ulysses import UlyssesAttention
@@ -76,10 +77,11 @@ class _Run:
         self.plan = plan_settings(config, index)
         self.tokens_per_shot = sum(modality.tokens for modality in index.modalities.values())
         self.model_config = model_config(config, index)
+        self.attention = attention_of(config, here.device)
         torch.manual_seed(config.seed)
         model = LmpForPretraining(self.model_config)
-        if here.sequence_group is not None:
-            model.set_attention(UlyssesAttention(here.sequence_group))
+        group = here.sequence_group
+        model.set_attention(self.attention if group is None else UlyssesAttention(group, self.attention))
         self.engine = Engine(model, config, here)
         self.objectives = build_objectives(
             config.objectives, target=self.model_config.target, sources=self.model_config.sources
@@ -100,6 +102,7 @@ class _Run:
                 cursor=asdict(progress.cursor),
                 data=self.index.digest,
                 world_size=self.mesh.world_size,
+                attention=str(self.attention),
             )
         loader = PackLoader(
             self.index,
@@ -239,7 +242,10 @@ class _Run:
 
     def _topology(self) -> str:
         here = self.mesh
-        return f"{here.dp_size} data x {here.sequence} sequence ranks on {here.device.type}, ZeRO {self.engine.stage}"
+        return (
+            f"{here.dp_size} data x {here.sequence} sequence ranks on {here.device.type}, ZeRO {self.engine.stage}, "
+            f"attention by {self.attention}"
+        )
 
     def _non_finite(self, what: str, step: int, batch: StepBatch) -> str:
         films = sorted({int(film) for pack in batch.packs for film in pack.film_P.unique() if film >= 0})
@@ -248,6 +254,23 @@ class _Run:
             f"the {what} of step {step} is not finite (epoch {batch.cursor.epoch}, step {batch.cursor.step}; this rank "
             f"read {keys}); nothing was saved after it: lower optimizer.lr, or look at those films"
         )
+
+
+def attention_of(config: Config, device: torch.device) -> ChosenAttention:
+    """The attention function that `train.attention` names, for this device and the run's precision and shape.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    head_dim = config.model.width // config.model.heads
+    try:
+        return resolve(config.train.attention, device=device, dtype=dtype, head_dim=head_dim)
+    except ValueError as error:
+        raise UserError(
+            f"train.attention={config.train.attention}: {error}",
+            remedy="take auto, or one that `lmp doctor` calls available",
+        ) from error
 
 
 def model_config(config: Config, index: FilmIndex) -> LmpConfig:

@@ -114,6 +114,7 @@ def test_the_folder_is_whole(exported: Path) -> None:
     assert sorted(path.name for path in exported.iterdir()) == [
         "README.md",
         "attention.py",
+        "backends.py",
         "config.json",
         "configuration_lmp.py",
         "fingerprint.json",
