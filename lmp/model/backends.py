@@ -5,7 +5,8 @@
     flash2   the package flash-attn (Dao, "FlashAttention-2", 2023)
     flash3   flash_attn_interface, built from that package's `hopper` folder (Shah et al., "FlashAttention-3", 2024)
     flash4   the package flash-attn-4 (`flash_attn.cute`): Hopper and Blackwell
-    auto     sdpa for equal segments (cuDNN's kernel on Hopper), the best packed kernel for ragged ones
+    auto     sdpa for equal segments (cuDNN's kernel on Hopper), the best packed kernel for ragged ones; where that
+             is FlashAttention-2 on Hopper or later, sdpa for long ragged ones too
 
 All are bidirectional, take no mask tensor, and scale by C ** -0.5. The kernels take fp16 and bf16 only, so `auto`
 gives fp32 to sdpa. They get contiguous tensors, for the views of a packed qkv are strided three times as far.
@@ -47,26 +48,47 @@ class Backend:
     reason: Callable[[torch.device, torch.dtype, int], str | None]
 
 
+LONG_TOKENS = 32_768
+"""Tokens in a group of like segments from which a faster dense kernel outweighs its launches and cuDNN's plan for
+each new length. From published rates of both kernels (FlashAttention-3 paper, figures 5 and 6)."""
+
+
 @dataclass(frozen=True)
 class ChosenAttention:
-    """What `resolve` returns: an attention function that can say which kernels it runs."""
+    """What `resolve` returns: an attention function that can say which kernels it runs.
+
+    Attributes:
+        name: as it was asked for.
+        equal: takes segments of equal lengths.
+        ragged: takes others.
+        long: takes ragged ones of LONG_TOKENS tokens for each pair of lengths, on average.
+    """
 
     name: str
     equal: Backend
     ragged: Backend
+    long: Backend
 
     def __call__(
         self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, *, q_segments: Segments, k_segments: Segments
     ) -> Tensor:
-        backend = self.equal if equal_segments(q_segments, k_segments) else self.ragged
+        backend = self.backend_for(q_segments, k_segments)
         if self.name == "auto" and not (q_THC.is_cuda and q_THC.dtype in HALF):
             backend = BACKENDS["sdpa"]
         return backend.attend(q_THC, k_THC, v_THC, q_segments=q_segments, k_segments=k_segments)
 
+    def backend_for(self, q_segments: Segments, k_segments: Segments) -> Backend:
+        """Which of the three takes these segments."""
+        if equal_segments(q_segments, k_segments):
+            return self.equal
+        groups = len(set(zip(q_segments.lengths, k_segments.lengths, strict=False)))
+        return self.long if min(q_segments.total, k_segments.total) >= LONG_TOKENS * groups else self.ragged
+
     def __str__(self) -> str:
         if self.equal is self.ragged:
             return self.equal.name
-        return f"{self.equal.name} for equal segments, {self.ragged.name} for ragged ones"
+        also = " and long" if self.long is self.equal else ""
+        return f"{self.equal.name} for equal{also} segments, {self.ragged.name} for ragged ones"
 
 
 def resolve(name: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> ChosenAttention:
@@ -80,14 +102,17 @@ def resolve(name: str, *, device: torch.device | str, dtype: torch.dtype, head_d
     """
     device = torch.device(device)
     if name == "auto":
-        ragged = next(b for b in map(BACKENDS.get, _BEST_FOR_RAGGED) if b and not b.reason(device, dtype, head_dim))
-        return ChosenAttention(name, BACKENDS["sdpa"], ragged)
+        dense = BACKENDS["sdpa"]
+        ragged = next(b for b in map(BACKENDS.__getitem__, _BEST) if not b.reason(device, dtype, head_dim))
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        older = hopper and ragged.name in ("varlen", "flash2")
+        return ChosenAttention(name, dense, ragged, dense if older else ragged)
     if name not in BACKENDS:
         raise ValueError(f"no such attention backend as {name!r}; there are auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
     if reason := backend.reason(device, dtype, head_dim):
         raise ValueError(f"attention backend {name}: {reason}")
-    return ChosenAttention(name, backend, backend)
+    return ChosenAttention(name, backend, backend, backend)
 
 
 def reasons(*, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
@@ -124,7 +149,7 @@ _FORWARD_OPS = (
     "flash_attn_3::fwd",
     "lmp::flash4",
 )
-_BEST_FOR_RAGGED = ("flash3", "flash4", "varlen", "flash2", "sdpa")
+_BEST = ("flash3", "flash4", "varlen", "flash2", "sdpa")
 
 
 def _always(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -27,6 +27,7 @@ PACKAGES = (
     "transformers",
     "triton",
     "flash-attn",
+    "flash-attn-3",
     "flash-attn-4",
     "webdataset",
     "safetensors",

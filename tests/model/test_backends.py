@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lmp.model import LmpForPretraining, attention, backends
 from lmp.model.attention import within_int32
-from lmp.model.backends import BACKENDS, attention_ops, heads_at_once, reasons, resolve
+from lmp.model.backends import BACKENDS, LONG_TOKENS, attention_ops, heads_at_once, reasons, resolve
 from tests.model.kernels import KERNELS, Calls, functions, interface4, kernel, module, segments_of, softmax_attention
 
 HEADS, HEAD_DIM = 2, 16
@@ -179,7 +182,7 @@ def test_flash4_is_an_op_with_fake_and_gradient(pairs: list[tuple[int, int]], pa
     if len(set(pairs)) == 1:
         inputs = [x.detach().unflatten(0, (len(pairs), -1)).requires_grad_() for x in inputs]
         bounds = (None, None, *bounds[2:])
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.lmp.flash4.default, (*inputs, *bounds), test_utils=checks)
 
 
@@ -239,10 +242,47 @@ def test_auto_takes_the_best_that_is_there(packages: Calls, hopper: None, monkey
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     assert auto() == "sdpa for equal segments, flash4 for ragged ones"
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
-    assert auto() == "sdpa for equal segments, varlen for ragged ones"
+    assert auto() == "sdpa for equal and long segments, varlen for ragged ones"
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert auto() == "sdpa for equal segments, flash2 for ragged ones"
+    assert auto() == "sdpa for equal and long segments, flash2 for ragged ones"
     assert auto(head_dim=100) == auto(dtype=torch.float32) == "sdpa"
+
+
+def test_auto_by_the_segments(packages: Calls, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, film = LONG_TOKENS, (3000, 3000)
+    cases = {
+        "equal": [film] * 3,
+        "ragged": [film, (200, 200), (7, 7)],
+        "long": [(2 * long - 900, 2 * long - 900), (900, 900)],
+        "few keys": [(2 * long, long), (900, 900)],
+        "long and many": [(2 * long, 2 * long), *((n, n) for n in range(1, 9))],
+    }
+
+    def auto() -> dict[str, str]:
+        chosen = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=128)
+        return {name: chosen.backend_for(*segments_of(pairs).values()).name for name, pairs in cases.items()}
+
+    with_flash3 = dict.fromkeys(cases, "flash3") | {"equal": "sdpa"}
+    assert auto() == with_flash3
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
+    on_hopper = dict.fromkeys(cases, "varlen") | {"equal": "sdpa", "long": "sdpa"}
+    assert auto() == on_hopper
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert auto() == on_hopper | {"long": "varlen"}
+
+
+def test_a_copy_of_the_code_uses_the_same_ops(packages: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when an exported model is loaded beside lmp."""
+    for name in ("attention.py", "backends.py"):
+        shutil.copy(Path(backends.__file__).parent / name, tmp_path / name)
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path.parent))
+    copy = importlib.import_module(f"{tmp_path.name}.backends")
+    assert copy is not backends
+    for attend in (copy.BACKENDS["flash4"].attend, BACKENDS["flash4"].attend):
+        compare(attend, PAIRS["ragged"], torch.bfloat16, 2e-2)
+    assert set(copy.attention_ops()) == set(attention_ops())
 
 
 def test_why_a_kernel_cannot_be_used(packages: Calls, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
