@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lmp.errors import UserError
 from lmp.objectives.settings import ObjectivesConfig
 from lmp.parallel.deepspeed_config import DeepSpeedSettings, deepspeed_faults, merge
+from lmp.parallel.memory_settings import Checkpointing, MemorySettings
 
 
 class Section(BaseModel):
@@ -108,6 +109,9 @@ class TrainConfig(Section):
         10, ge=1, description="steps between full metrics (rivals, accuracy); losses are logged each step"
     )
     peak_tflops: float | None = Field(None, gt=0, description="of one device, for the MFU; null: known devices only")
+    compile: bool = Field(
+        False, description="torch.compile each block, attention aside; ZeRO 0-2; needs a compiler where the run starts"
+    )
 
 
 class ParallelConfig(Section):
@@ -117,6 +121,20 @@ class ParallelConfig(Section):
     sequence: int = Field(1, ge=1, description="processes that share one pack (Ulysses)")
     timeout_minutes: float = Field(10.0, gt=0, description="after which a silent peer is taken for dead")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed keys, passed through")
+
+
+class MemoryConfig(Section):
+    """How activations are kept for backward. Changes memory and speed, not the losses."""
+
+    checkpointing: Checkpointing = Field(
+        "none",
+        description="none; full: each block keeps its inputs and runs again in backward; selective: attention's output "
+        "is kept too and attention never runs twice, for long sequences",
+    )
+    offload: bool = Field(False, description="the kept block inputs wait in host memory")
+    tile_mlp: int | None = Field(
+        None, ge=1, description="run each block's MLP in tiles of this many tokens; null: all at once"
+    )
 
 
 class CheckpointConfig(Section):
@@ -138,7 +156,18 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @property
+    def memory_settings(self) -> MemorySettings:
+        """How the blocks are wrapped."""
+        return MemorySettings(
+            checkpointing=self.memory.checkpointing,
+            offload=self.memory.offload,
+            tile_mlp=self.memory.tile_mlp,
+            compile=self.train.compile,
+        )
 
     @property
     def deepspeed(self) -> DeepSpeedSettings:
@@ -225,6 +254,13 @@ def contradictions(config: Config) -> list[str]:
         faults.append(f"model.sources holds model.target={model.target}: the target cannot be its own source")
     if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
         faults.append("checkpoint.every_steps and checkpoint.every_minutes are both null: nothing would be saved")
+    if config.memory.offload and config.memory.checkpointing == "none":
+        faults.append("memory.offload=true with memory.checkpointing=none: there are no checkpoints to offload")
+    if config.train.compile and parallel.zero == 3:
+        faults.append(
+            "train.compile=true with parallel.zero=3: ZeRO 3 gathers weights between the operations of a block "
+            "(use parallel.zero=2)"
+        )
     return faults + _mixing_faults(data.train) + deepspeed_faults(config.deepspeed)
 
 

@@ -29,6 +29,10 @@ def problem_of(**sections: Any) -> str:
     return caught.value.problem
 
 
+def zero_offload(stage: int, kind: str, **keys: Any) -> dict[str, Any]:
+    return {"zero": stage, "deepspeed": {"zero_optimization": {kind: {"device": "cpu", **keys}}}}
+
+
 @pytest.mark.parametrize(
     ("sections", "key", "meant"),
     [
@@ -100,6 +104,12 @@ def test_all_faults_at_once() -> None:
             {"parallel": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
             "parallel.deepspeed.zero_optimization.stage=3 clashes with 1",
         ),
+        ({"memory": {"offload": True}}, "memory.offload=true with memory.checkpointing=none"),
+        ({"train": {"compile": True}, "parallel": {"zero": 3}}, "train.compile=true with parallel.zero=3"),
+        ({"parallel": zero_offload(0, "offload_optimizer")}, "ignores it with parallel.zero=0"),
+        ({"parallel": zero_offload(2, "offload_param")}, "ignores it with parallel.zero=2 (use parallel.zero=3)"),
+        ({"parallel": zero_offload(3, "offload_param", device="nvme")}, "offload_param.device=nvme: lmp's checkpoints"),
+        ({"parallel": zero_offload(3, "offload_optimizer", super_offload=True)}, "offload_optimizer.super_offload"),
         ({"parallel": {"deepspeed": {"gradient_accumulation_steps": 4}}}, "gradient_accumulation_steps=4 clashes"),
         ({"parallel": {"deepspeed": {"bf16": {"enabled": True}}}}, "parallel.deepspeed.bf16.enabled=True clashes"),
     ],

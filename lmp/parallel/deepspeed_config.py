@@ -57,6 +57,10 @@ def generated(settings: DeepSpeedSettings) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": settings.bf16},
     }
+    if _offload_device(settings, "offload_optimizer"):
+        # The optimizer is torch's AdamW wherever its state lies, so that offload changes no result. DeepSpeed's own
+        # for the CPU is compiled at start-up.
+        keys["zero_force_ds_cpu_optimizer"] = False
     if settings.bf16:
         keys["data_types"] = {"grad_accum_dtype": "fp32"}
     return keys
@@ -83,6 +87,33 @@ def deepspeed_faults(settings: DeepSpeedSettings) -> list[str]:
             faults.append(f"parallel.deepspeed.{key}: not a DeepSpeed key that lmp passes through{hint}")
     for path, mine, theirs in _clashes(ours, settings.extra):
         faults.append(f"parallel.deepspeed.{path}={theirs!r} clashes with {mine!r}, which lmp's own keys generate")
+    return faults + _offload_faults(settings)
+
+
+def _offload_device(settings: DeepSpeedSettings, kind: str) -> str | None:
+    """Where `offload_optimizer` or `offload_param` puts its tensors, or None if they stay on the device."""
+    zero = settings.extra.get("zero_optimization")
+    section = zero.get(kind) if isinstance(zero, Mapping) else None
+    device = section.get("device", "none") if isinstance(section, Mapping) else "none"
+    return None if device == "none" else str(device)
+
+
+def _offload_faults(settings: DeepSpeedSettings) -> list[str]:
+    """ZeRO offload that DeepSpeed would ignore, or whose state a checkpoint could not hold."""
+    faults = []
+    for kind, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = _offload_device(settings, kind)
+        key = f"parallel.deepspeed.zero_optimization.{kind}"
+        if device is None:
+            continue
+        if device != "cpu":
+            faults.append(f"{key}.device={device}: lmp's checkpoints cannot read state from there (use cpu)")
+        if settings.zero not in stages:
+            faults.append(
+                f"{key}: DeepSpeed ignores it with parallel.zero={settings.zero} (use parallel.zero={stages[0]})"
+            )
+        if settings.extra["zero_optimization"][kind].get("super_offload"):
+            faults.append(f"{key}.super_offload: it needs an optimizer of its own, which lmp does not use")
     return faults
 
 

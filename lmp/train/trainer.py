@@ -19,6 +19,7 @@ from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpForPretraining
 from lmp.model.backends import ChosenAttention, resolve
 from lmp.objectives import build_objectives
+from lmp.parallel.memory import apply_memory
 from lmp.parallel.mesh import Mesh, mesh
 from lmp.parallel.ulysses import UlyssesAttention
 from lmp.scaling.flops import peak_tflops, train_flops
@@ -82,6 +83,7 @@ class _Run:
         model = LmpForPretraining(self.model_config)
         group = here.sequence_group
         model.set_attention(self.attention if group is None else UlyssesAttention(group, self.attention))
+        apply_memory(model, config.memory_settings)
         self.engine = Engine(model, config, here)
         self.objectives = build_objectives(
             config.objectives, target=self.model_config.target, sources=self.model_config.sources
