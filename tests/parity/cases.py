@@ -44,15 +44,20 @@ LAYOUTS = (((9, 6, 1, 3), (5,)), ((7, 3), (14,)), ((24,), ()), ((5, 5, 5, 5), (2
 
 
 class Case(NamedTuple):
-    """One step of the grid: which objectives, how many packs per data rank, and what is missing."""
+    """One step of the grid: which objectives, how many packs per data rank, what is missing, and how rows compare."""
 
     objectives: str
     accumulation: int
     data: str = "mixed"
+    loss: str = "info_nce"
+    scope: str = "pack"
+    exclude_near: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.objectives}-accumulate{self.accumulation}-{self.data}"
+        return (
+            f"{self.objectives}-accumulate{self.accumulation}-{self.data}-{self.loss}-{self.scope}-{self.exclude_near}"
+        )
 
 
 OBJECTIVES = (*WEIGHTS, "all")
@@ -60,7 +65,16 @@ CASES = (
     *(Case(name, accumulation) for name in OBJECTIVES for accumulation in (1, 2)),
     Case("all", 1, "no-text"),
     Case("all", 2, "no-video"),
+    Case("all", 1, scope="step"),
+    Case("all", 2, scope="step", exclude_near=2),
+    Case("all", 2, scope="film", exclude_near=1),
 )
+SIGMOID_CASES = (
+    Case("all", 2, loss="sigmoid", scope="step"),
+    Case("all", 1, loss="sigmoid", exclude_near=2),
+)
+"""The same model with a bias beside each temperature."""
+SIGMOID_STAGES = (1, 3)
 HALF = ("2x1", "1x2")
 """Topologies that run in bf16 too, in the stages that can."""
 HALF_STAGES = (1, 2, 3)
@@ -96,6 +110,7 @@ def config_of(case: Case, *, positions: str, stage: int, topology: str, precisio
     weights = {name: w if case.objectives in (name, "all") else 0.0 for name, w in WEIGHTS.items()}
     objectives: dict[str, Any] = {name: {"weight": weight} for name, weight in weights.items()}
     objectives["masked_shot"]["ratio"] = 0.3
+    objectives |= {"loss": case.loss, "scope": case.scope, "exclude_near": case.exclude_near}
     # Tiles that cut rows and candidates unevenly.
     objectives["tile"] = 7
     # DeepSpeed keeps small parameters whole on every rank; below its default all of this model would be.
@@ -181,7 +196,8 @@ def _pack(number: int, tokens: dict[str, int]) -> WholePack:
             for name, width in WIDTHS.items()
         },
         valid=_valid(number, real_P, generator),
-        film_P=torch.where(real_P, 10 * number + segment_P, -1),
+        # Packs, and windows of one pack, share films.
+        film_P=torch.where(real_P, segment_P % 3, -1),
         shot_P=torch.where(real_P, first_P + position_P, 0),
         position_P=position_P,
         segment_P=segment_P,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmp.model import LmpConfig
+from lmp.objectives.settings import ObjectivesConfig
 from tests.parity.cases import WholePack
 
 Flags = dict[str, Tensor]
@@ -37,7 +38,7 @@ def reference_step(
     shape: LmpConfig,
     packs: Sequence[WholePack],
     masks: Sequence[Flags],
-    objectives: Mapping[str, float],
+    objectives: ObjectivesConfig,
 ) -> Expected:
     """Loss and gradients of a whole step.
 
@@ -46,15 +47,16 @@ def reference_step(
         shape: of the model.
         packs: all packs of the step.
         masks: for each pack NAME -> [P] bool.
-        objectives: name -> weight; those of weight 0 are left out.
+        objectives: their weights (those of weight 0 are left out), and how rows compare.
     """
     leaves = {name: w.detach().double().requires_grad_() for name, w in weights.items()}
-    step = _Step(packs, masks, shape)
+    step = _Step(packs, masks, shape, objectives)
     out = _Model(leaves, shape).forward(step)
     parts = {"masked_shot": _masked_shot, "alignment": _alignment, "reconstruction": _reconstruction}
     loss = torch.zeros((), dtype=torch.float64)
     losses, rows = {}, {}
-    for name, weight in objectives.items():
+    for name in parts:
+        weight = getattr(objectives, name).weight
         if weight == 0:
             continue
         row_losses = parts[name](out, step, shape)
@@ -69,7 +71,10 @@ def reference_step(
 class _Step:
     """All packs of a step, end to end, as N shots."""
 
-    def __init__(self, packs: Sequence[WholePack], masks: Sequence[Flags], shape: LmpConfig) -> None:
+    def __init__(
+        self, packs: Sequence[WholePack], masks: Sequence[Flags], shape: LmpConfig, how: ObjectivesConfig
+    ) -> None:
+        self.how = how
         names = list(shape.modalities)
         self.features = {name: torch.cat([pack.features[name] for pack in packs]).double() for name in names}
         self.valid = {name: torch.cat([pack.valid[name] for pack in packs]) for name in names}
@@ -78,6 +83,8 @@ class _Step:
         self.pack_N = torch.cat([torch.full_like(pack.film_P, number) for number, pack in enumerate(packs)])
         self.segment_N = 1000 * self.pack_N + torch.cat([pack.segment_P for pack in packs])
         self.position_N = torch.cat([pack.position_P for pack in packs])
+        self.film_N = torch.cat([pack.film_P for pack in packs])
+        self.shot_N = torch.cat([pack.shot_P for pack in packs])
         self.time_N = torch.cat([pack.time_P for pack in packs]).double()
 
 
@@ -88,6 +95,7 @@ class _Output:
     aligned: dict[str, Tensor]
     reconstructed: Tensor
     scale: dict[str, Tensor]
+    bias: dict[str, Tensor]
 
 
 class _Model:
@@ -114,6 +122,10 @@ class _Model:
             reconstructed=self._head("reconstruction_head", cross),
             scale={
                 name: 1 / (shape.minimum_temperature + self.w[f"temperatures.{name}.log_excess"].exp())
+                for name in ("masked", "alignment", "reconstruction")
+            },
+            bias={
+                name: self.w.get(f"biases.{name}.value", torch.zeros(1))
                 for name in ("masked", "alignment", "reconstruction")
             },
         )
@@ -210,27 +222,49 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _row_losses(
-    query: Tensor, candidate: Tensor, rows_N: Tensor, chosen_N: Tensor, scale: Tensor, step: _Step
+    out: _Output,
+    step: _Step,
+    query: Tensor,
+    candidate: Tensor,
+    *,
+    rows_N: Tensor,
+    chosen_N: Tensor,
+    name: str,
 ) -> Tensor:
-    """Cross-entropy of each row over the candidates of its pack, from the full matrix of all tokens of the step.
+    """The loss of each row over its candidates, from the full matrix of all tokens of the step.
 
     Args:
         query, candidate: [N, K, E] both.
         rows_N, chosen_N: [N] bool, shots whose tokens are rows and candidates.
+        name: of the temperature and the bias.
     """
     tokens = query.shape[1]
-    logits = scale * (query.flatten(0, 1) @ candidate.flatten(0, 1).T)
-    pack_T = step.pack_N.repeat_interleave(tokens)
-    chosen_T, rows_T = chosen_N.repeat_interleave(tokens), rows_N.repeat_interleave(tokens)
-    allowed = chosen_T[None, :] & (pack_T[:, None] == pack_T[None, :])
-    number_R = rows_T.nonzero()[:, 0]
-    return F.cross_entropy(logits.masked_fill(~allowed, -math.inf)[number_R], number_R, reduction="none")
+    logits = out.scale[name] * (query.flatten(0, 1) @ candidate.flatten(0, 1).T) + out.bias[name]
+    group_N = {"pack": step.pack_N, "film": step.segment_N, "step": torch.zeros_like(step.pack_N)}[step.how.scope]
+    allowed_NN = chosen_N[None, :] & (group_N[:, None] == group_N[None, :])
+    near_NN = (step.shot_N[:, None] - step.shot_N[None, :]).abs() <= step.how.exclude_near
+    if step.how.exclude_near:
+        allowed_NN = allowed_NN & ~(near_NN & (step.film_N[:, None] == step.film_N[None, :]))
+    positive_TT = torch.eye(logits.shape[0], dtype=torch.bool)
+    allowed_TT = allowed_NN.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) | positive_TT
+    number_R = rows_N.repeat_interleave(tokens).nonzero()[:, 0]
+    logits_RT, allowed_RT = logits[number_R], allowed_TT[number_R]
+    if step.how.loss == "sigmoid":
+        signed_RT = torch.where(positive_TT[number_R], logits_RT, -logits_RT)
+        return -(F.logsigmoid(signed_RT) * allowed_RT).sum(1)
+    return F.cross_entropy(logits_RT.masked_fill(~allowed_RT, -math.inf), number_R, reduction="none")
 
 
 def _masked_shot(out: _Output, step: _Step, shape: LmpConfig) -> Tensor:
     losses = [
         _row_losses(
-            out.predicted[name], out.target[name], step.masked[name], step.valid[name], out.scale["masked"], step
+            out,
+            step,
+            out.predicted[name],
+            out.target[name],
+            rows_N=step.masked[name],
+            chosen_N=step.valid[name],
+            name="masked",
         )
         for name in shape.modalities
     ]
@@ -243,7 +277,7 @@ def _alignment(out: _Output, step: _Step, shape: LmpConfig) -> Tensor:
     for one, other in combinations(shape.modalities, 2):
         both_N = step.seen[one] & step.seen[other]
         sides = [
-            _row_losses(shot[a], shot[b], both_N, both_N, out.scale["alignment"], step)
+            _row_losses(out, step, shot[a], shot[b], rows_N=both_N, chosen_N=both_N, name="alignment")
             for a, b in ((one, other), (other, one))
         ]
         losses.append((sides[0] + sides[1]) / 2)
@@ -253,6 +287,12 @@ def _alignment(out: _Output, step: _Step, shape: LmpConfig) -> Tensor:
 def _reconstruction(out: _Output, step: _Step, shape: LmpConfig) -> Tensor:
     target = shape.target
     some_source_N = torch.stack([step.seen[name] for name in shape.sources]).any(0)
-    rows_N = step.seen[target] & some_source_N
-    scale = out.scale["reconstruction"]
-    return _row_losses(out.reconstructed, out.aligned[target].detach(), rows_N, step.seen[target], scale, step)
+    return _row_losses(
+        out,
+        step,
+        out.reconstructed,
+        out.aligned[target].detach(),
+        rows_N=step.seen[target] & some_source_N,
+        chosen_N=step.seen[target],
+        name="reconstruction",
+    )
