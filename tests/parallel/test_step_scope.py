@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks("tests.parallel.step_scope_worker", tmp_path_factory.mktemp("step-scope"))
+    return run_ranks("tests.parallel.step_scope_worker", tmp_path_factory.mktemp("step-scope"), timeout=240)
 
 
 def reference(name: str) -> tuple[Dense, float, dict[str, torch.Tensor]]:
