@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lmp.model.backends import attention_ops
 from lmp.parallel.memory_settings import MemorySettings
+from lmp.scaling.live_memory import LiveMemory
 
 EXACT = {
     "full": MemorySettings(checkpointing="full"),
@@ -95,39 +94,6 @@ class CountOperators(TorchDispatchMode):
         return calls
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, as long as they live.
-
-    Attributes:
-        peak: the most there were after an operator.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    @property
-    def now(self) -> int:
-        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
-        return sum(size for _, size in self._storages.values())
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor from here on."""
-        storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.count(value)
-        self.peak = max(self.peak, self.now)
-        return result
-
-
 def saved_bytes(
     forward: Callable[[], Tensor], *, besides: Iterable[Tensor] = (), elsewhere: Callable[[], int] = lambda: 0
 ) -> int:
@@ -141,7 +107,7 @@ def saved_bytes(
         besides: tensors that are there anyway, such as parameters.
         elsewhere: bytes of the living that are not on the device.
     """
-    with LiveBytes() as live:
+    with LiveMemory() as live:
         for tensor in besides:
             live.count(tensor)
         before = live.now
@@ -151,6 +117,6 @@ def saved_bytes(
 
 def peak_bytes(forward: Callable[[], Tensor]) -> int:
     """The most bytes that live at once in a forward and its backward."""
-    with LiveBytes() as live:
+    with LiveMemory() as live:
         forward().sum().backward()
         return live.peak
