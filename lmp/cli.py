@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmp.errors import EXIT_DONE, EXIT_USER, UserError
+
+if TYPE_CHECKING:
+    from lmp.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
     from lmp.data import commands as data
     from lmp.scaling import commands as bench
+    from lmp.scaling import plan_command
 
     shards = commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True)
     data.register(shards)
@@ -69,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", type=Path, metavar="FILE.safetensors", help="for the tensors")
     replay.set_defaults(run=_replay)
     bench.register(commands.add_parser("bench", help="measurements").add_subparsers(dest="what", required=True))
+    plan_command.register(commands)
 
     train = commands.add_parser("train", help="pretrain, as one process of a run")
     train.add_argument("config", type=Path)
@@ -76,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--run", dest="folder", type=Path, help="run folder (default: runs/NAME)")
     train.add_argument("--resume", choices=["auto", "never"], default="auto")
     train.add_argument("--new-data", action="store_true", help="go on with an epoch of other data than before")
+    train.add_argument("--dry-run", action="store_true", help="build everything, make the worst step, write nothing")
+    train.add_argument("--json", type=Path, metavar="REPORT.json", help="of a dry run, for lmp plan --calibrate")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on held-out shards")
@@ -147,6 +156,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from lmp.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return _dry_run(config, arguments.json)
     from lmp.train.trainer import train
 
     folder = arguments.folder or Path("runs") / config.name
@@ -155,6 +166,20 @@ def _train(arguments: argparse.Namespace) -> int:
         end = "finished" if outcome.finished else "stopped"
         print(f"{end} at step {outcome.step}: {outcome.reason}; see {folder}")
     return EXIT_DONE
+
+
+def _dry_run(config: Config, out: Path | None) -> int:
+    from lmp.train.dry_run import dry_run
+    from lmp.train.run_folder import write_atomic
+
+    report = dry_run(config)
+    if report is None:
+        return EXIT_DONE
+    print("\n".join(report.lines()))
+    if out is not None:
+        write_atomic(out, json.dumps(report.to_json(), indent=1) + "\n")
+        print(f"report: {out}")
+    return EXIT_DONE if report.fits else EXIT_USER
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from lmp.objectives import build_objectives
 from lmp.parallel.memory import apply_memory
 from lmp.parallel.mesh import Mesh, mesh
 from lmp.parallel.ulysses import UlyssesAttention
-from lmp.scaling.flops import peak_tflops, train_flops
+from lmp.scaling.flops import hardware_flops, peak_tflops, train_flops
 from lmp.train import checkpoint
 from lmp.train.checkpoint import Progress
 from lmp.train.data import check_same_stream, data_facts, load_index, plan_settings, stream_change
@@ -67,11 +67,11 @@ def train(config: Config, run: Path, *, resume: Resume = "auto", new_data: bool 
     index = load_index(config)
     with mesh(config.parallel.sequence, timeout_minutes=config.parallel.timeout_minutes) as here:
         check_run(config, world_size=here.world_size, modalities=index.modalities)
-        return _Run(config, folder, index, here).go(new_data=new_data)
+        return Start(config, folder, index, here).go(new_data=new_data)
 
 
-class _Run:
-    """One start of a run on this process."""
+class Start:
+    """One start of a run on this process; being made, it touches no file of the run folder."""
 
     def __init__(self, config: Config, folder: RunFolder, index: FilmIndex, here: Mesh) -> None:
         self.config, self.folder, self.index, self.mesh = config, folder, index, here
@@ -128,7 +128,7 @@ class _Run:
                 Recorder(self.folder, steps=steps, start=progress.step, active=self.mesh.main) as recorder,
             ):
                 recorder.say(f"{self.folder.path}: from step {progress.step} of {steps}, {self._topology()}")
-                outcome = self._loop(loader, stop, recorder, progress)
+                outcome = self.loop(loader, stop, recorder, progress)
         except BaseException as error:
             if self.mesh.main:
                 self.folder.note("failure", error=str(error)[:500])
@@ -140,7 +140,7 @@ class _Run:
                 write_atomic(self.folder.done, f'{{"step": {outcome.step}}}\n')
         return outcome
 
-    def _loop(self, loader: PackLoader, stop: Any, recorder: Recorder, progress: Progress) -> Outcome:
+    def loop(self, loader: PackLoader, stop: Any, recorder: Recorder, progress: Progress) -> Outcome:
         """Step after step; every rank takes every branch at the same step."""
         config, steps = self.config, self.config.train.steps
         saved_at = time.monotonic()
@@ -230,8 +230,13 @@ class _Run:
             "memory_gib": _memory_gib(self.mesh.device),
         }
         if self.peak_flops:
-            own = train_flops(self.model_config, (pack.lengths for pack in batch.packs))
-            rates["mfu"] = own * self.mesh.dp_size / seconds / self.peak_flops
+            packs, settings = [pack.lengths for pack in batch.packs], self.config.memory
+            done = hardware_flops(
+                self.model_config, packs, checkpointing=settings.checkpointing, tile_mlp=settings.tile_mlp
+            )
+            available = seconds * self.peak_flops / self.mesh.dp_size
+            rates["mfu"] = train_flops(self.model_config, packs) / available
+            rates["hfu"] = done / available
         return rates
 
     def _manifest(self) -> dict[str, Any]:
