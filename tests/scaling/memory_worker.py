@@ -115,7 +115,7 @@ def counted_states(zero: int, precision: str, here: Mesh) -> dict[str, tuple[flo
         "train": {"precision": precision},
         "parallel": {"zero": zero, "deepspeed": extra},
     }
-    config, shape = validate(sections, source="test"), model_of(64, 2, 1, "rope")
+    config, shape = validate(sections, source="test"), model_of(96, 1, 1, "rope")
     with LiveMemory() as live:
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -153,16 +153,16 @@ def main(folder: Path) -> None:
         for precision in ("fp32", "bf16"):
             for zero in range(int(precision == "bf16"), 4):
                 findings["states"] |= counted_states(zero, precision, here)
-        for checkpointing in ("none", "full", "selective"):
-            for lengths in ((256,), (100, 156)):
-                setup: dict[str, Any] = {"pack": 256, "width": 64, "layers": 3, "tokens": 2, "positions": "rope"}
-                kept, peak = counted_step(**setup, lengths=lengths, checkpointing=checkpointing, here=here)
-                job = Job(model_of(64, 3, 2, "rope"), OBJECTIVES, False, 2, 1, feature_bytes=4)
-                memory = predict_memory(job, Choice(0, 2, checkpointing, False, None, 256), lengths)
-                name = f"{checkpointing} {lengths}"
-                findings["activations"][f"{name} kept"] = (memory.kept + memory.loss, kept)
-                whole = memory.backward - memory.states.backward - memory.features
-                findings["activations"][f"{name} peak"] = (whole, peak)
+        cases = (("none", (256,)), ("none", (100, 156)), ("full", (256,)), ("selective", (100, 156)))
+        for checkpointing, lengths in cases:
+            setup: dict[str, Any] = {"pack": 256, "width": 64, "layers": 3, "tokens": 2, "positions": "rope"}
+            kept, peak = counted_step(**setup, lengths=lengths, checkpointing=checkpointing, here=here)
+            job = Job(model_of(64, 3, 2, "rope"), OBJECTIVES, False, 2, 1, feature_bytes=4)
+            memory = predict_memory(job, Choice(0, 2, checkpointing, False, None, 256), lengths)
+            name = f"{checkpointing} {lengths}"
+            findings["activations"][f"{name} kept"] = (memory.kept + memory.loss, kept)
+            whole = memory.backward - memory.states.backward - memory.features
+            findings["activations"][f"{name} peak"] = (whole, peak)
     save_findings(folder, findings)
 
 
