@@ -14,6 +14,7 @@ pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
 from lmp.data.index import FilmIndex
+from lmp.data.verify import verify
 from lmp.errors import UserError
 from lmp.films import ingest as room
 from lmp.films.ingest import expand, ingest, key_of
@@ -40,7 +41,7 @@ def test_any_number_of_workers_gives_the_same_shards(films: Path, tmp_path: Path
     index = FilmIndex.load(tmp_path / "one")
     assert (report.films, report.shots, report.failures) == (3, int(index.shots.sum()), [])
     assert index.keys == ["film-0000", "film-0001", "film-0002"]
-    assert index.verify() == []
+    assert list(verify(index)) == []
     assert set(index.modalities) == set(SIGNAL)
     info = index.info(0)
     assert (info["source"], info["fps"], info["shots_from"]) == ("film-0000.mp4", 12.0, "detected")
