@@ -45,7 +45,7 @@ _MADE_SPREAD = 0.5
 _FILMS_PER_SHARD = 16
 _LEAST_FILMS = 8
 _PATIENCE_S = 900.0
-_PRELOAD = ["lmp.scaling.bench_readers", "lmp.data.loader", "webdataset", "safetensors.torch"]
+PRELOAD = ("lmp.scaling.bench_readers", "lmp.data.loader", "webdataset", "safetensors.torch")
 
 
 class ProcessError(RuntimeError):
@@ -247,18 +247,18 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def in_process(target: Callable[..., None], *arguments: Any) -> Any:
+def in_process(target: Callable[..., None], *arguments: Any, preload: Sequence[str] = PRELOAD) -> Any:
     """Run `target(*arguments, connection)` in a fresh process, which sends one answer by run_in_child.
 
-    The process is forked from a server that has imported the readers and holds nothing else, so it starts in no
-    time and knows nothing of the readings before.
+    The process is forked from a server that has imported `preload` (if no call before has started it with other
+    modules) and holds nothing else, so it starts in no time and knows nothing of the measurements before.
 
     Raises:
         UserError: what the process sent.
         ProcessError: the process failed otherwise.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(list(preload))
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(*arguments, theirs))
     process.start()

@@ -1,4 +1,4 @@
-"""`lmp bench ...`: what reading and planning cost on this machine."""
+"""`lmp bench ...`: what reading, planning and training steps cost on this machine."""
 
 from __future__ import annotations
 
@@ -33,6 +33,27 @@ def register(bench: Any) -> None:
     plan.add_argument("--out", type=Path, metavar="REPORT.json")
     plan.set_defaults(run=_plan)
 
+    step = bench.add_parser("step", help="training steps, against this machine's ceilings and other encoders")
+    step.add_argument("--quick", action="store_true", help="small shapes and few rounds, within 90 s on two cores")
+    step.add_argument(
+        "--parts", default="", metavar="A,B", help="some of ceilings, attention, step, trainer, length, loss"
+    )
+    step.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    for name in ("width", "heads", "layers", "tokens", "rounds"):
+        step.add_argument(f"--{name}", type=int, help="instead of the setting's")
+    step.add_argument("--lengths", type=_numbers, metavar="N,N", help="tokens of a sequence, a row of the tables each")
+    step.add_argument("--loss-tokens", type=_numbers, metavar="N,N", help="tokens of the contrastive loss")
+    step.add_argument("--trainer-shots", type=int, metavar="P", help="shots of one of the trainer's packs")
+    step.add_argument("--trainer-steps", type=int, metavar="N", help="steps of the trainer that are measured")
+    step.add_argument("--budget", dest="budget_mib", type=float, metavar="MIB", help="memory for the longest sequence")
+    step.add_argument("--compiled", action="store_true", default=None, help="compiled encoders too")
+    step.add_argument("--out", type=Path, metavar="REPORT.json")
+    step.set_defaults(run=_step)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
 
 def _data(arguments: argparse.Namespace) -> int:
     from lmp.scaling.bench_data import bench_data, progress
@@ -60,6 +81,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     _print_plan(report)
     _write(arguments.out, report.to_json())
     return EXIT_DONE
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    from lmp.scaling.bench_data import progress
+    from lmp.scaling.bench_step import PARTS, bench_step, settings_of
+    from lmp.scaling.bench_tables import print_parts
+
+    _check_out(arguments.out)
+    names = ("width", "heads", "layers", "tokens", "rounds", "lengths", "loss_tokens", "budget_mib", "compiled")
+    changes = {name: getattr(arguments, name) for name in (*names, "trainer_shots", "trainer_steps")}
+    settings = settings_of(arguments.device, quick=arguments.quick, **changes)
+    parts = [part for part in arguments.parts.split(",") if part] or PARTS
+    with progress() as step:
+        report = bench_step(settings, parts, step)
+    print_parts(report)
+    _print_machine(report.machine)
+    _write(arguments.out, report.to_json())
+    return 1 if report.failed else EXIT_DONE
 
 
 def _check_out(out: Path | None) -> None:
