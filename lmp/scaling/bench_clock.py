@@ -40,6 +40,7 @@ class StepSettings:
         loss_width, loss_tile: width of what it compares, and side of its tiles.
         trainer_shots, trainer_packs: shots of a pack and packs of a step of the trainer.
         trainer_steps: steps that are measured.
+        encoders: which take part, some of OWN and PEERS (see bench_subjects).
         compiled: whether compiled encoders take part too.
     """
 
@@ -56,6 +57,7 @@ class StepSettings:
     trainer_shots: int
     trainer_packs: int
     trainer_steps: int
+    encoders: tuple[str, ...]
     compiled: bool
 
     @property

@@ -53,7 +53,14 @@ def training_steps(settings: StepSettings) -> dict[str, Any]:
         absent: subject at length -> why it did not run.
     """
     device = torch.device(settings.device)
-    make = partial(make_subjects, settings.shape, longest=max(settings.lengths), device=device, dtype=settings.dtype)
+    make = partial(
+        make_subjects,
+        settings.encoders,
+        settings.shape,
+        longest=max(settings.lengths),
+        device=device,
+        dtype=settings.dtype,
+    )
     subjects = make()
     if settings.compiled:
         subjects += [compiled(subject) for subject in make()]

@@ -19,7 +19,7 @@ from lmp.errors import UserError
 from lmp.scaling.bench_clock import LOG_EVERY, StepSettings
 from lmp.scaling.bench_data import ProcessError, in_process, machine_facts
 from lmp.scaling.bench_readers import run_in_child
-from lmp.scaling.bench_subjects import Shape
+from lmp.scaling.bench_subjects import OWN, PEERS, Shape
 
 _PRELOAD = (
     "lmp.scaling.bench_attention",
@@ -46,6 +46,7 @@ _CPU = StepSettings(
     trainer_shots=256,
     trainer_packs=8,
     trainer_steps=9,
+    encoders=(*OWN, *PEERS),
     compiled=False,
 )
 _CPU_QUICK = replace(
@@ -123,6 +124,8 @@ def settings_of(device: str, *, quick: bool, **changes: Any) -> StepSettings:
     given = {name: value for name, value in changes.items() if value is not None}
     shape = asdict(base.shape) | {name: given.pop(name) for name in ("width", "heads", "layers") if name in given}
     settings = replace(base, shape=Shape(**shape), **given)
+    if unknown := [name for name in settings.encoders if name not in (*OWN, *PEERS)]:
+        raise UserError(f"there is no encoder {unknown[0]!r}", remedy=f"give some of {'; '.join((*OWN, *PEERS))}")
     if not settings.lengths or min(settings.lengths) < 1 or settings.tokens < 1:
         raise UserError("--lengths and --tokens", remedy="give numbers of at least 1")
     if settings.rounds < 2:

@@ -7,7 +7,7 @@ comes out. Shape letters: B sequences, L tokens in each, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lmp.errors import UserError
 
 MLP_RATIO = 4
 OWN = ("lmp", "lmp rope")
+PEERS = ("torch.nn.TransformerEncoder", "ModernBERT, full attention", "BERT")
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,22 @@ def recomputed_flops(shape: Shape, *, batch: int, length: int) -> float:
     return float(batch * length * 2 * shape.layers * shape.width * length)
 
 
-def make_subjects(shape: Shape, *, longest: int, device: torch.device, dtype: torch.dtype) -> list[Subject]:
-    """All encoders, with weights from fixed seeds.
+def make_subjects(
+    names: Sequence[str], shape: Shape, *, longest: int, device: torch.device, dtype: torch.dtype
+) -> list[Subject]:
+    """Encoders, with weights from a fixed seed.
 
     Args:
+        names: some of OWN and PEERS.
         longest: the longest sequence that any will get.
         device, dtype: of parameters and inputs.
     """
     makers: list[Callable[..., Subject]] = [_own, _own_rope, _torch_encoder, _modern_bert, _bert]
+    by_name = dict(zip((*OWN, *PEERS), makers, strict=True))
     made = []
-    for maker in makers:
+    for name in names:
         torch.manual_seed(0)
-        subject = maker(shape, longest)
+        subject = by_name[name](shape, longest)
         subject.module.to(device=device, dtype=dtype).train()
         made.append(subject)
     return made
@@ -128,11 +133,11 @@ def own_encoder(shape: Shape, positions: str) -> nn.Module:
 
 
 def _own(shape: Shape, longest: int) -> Subject:
-    return _of_own("lmp", own_encoder(shape, "sinusoidal"), shape, rope=False)
+    return _of_own(OWN[0], own_encoder(shape, "sinusoidal"), shape, rope=False)
 
 
 def _own_rope(shape: Shape, longest: int) -> Subject:
-    return _of_own("lmp rope", own_encoder(shape, "rope"), shape, rope=True)
+    return _of_own(OWN[1], own_encoder(shape, "rope"), shape, rope=True)
 
 
 def _of_own(name: str, module: nn.Module, shape: Shape, *, rope: bool) -> Subject:
@@ -165,7 +170,7 @@ def _torch_encoder(shape: Shape, longest: int) -> Subject:
     module = nn.TransformerEncoder(
         layer, shape.layers, norm=nn.LayerNorm(shape.width), enable_nested_tensor=False, mask_check=False
     )
-    return Subject("torch.nn.TransformerEncoder", module, module, module.layers)
+    return Subject(PEERS[0], module, module, module.layers)
 
 
 def _modern_bert(shape: Shape, longest: int) -> Subject:
@@ -184,7 +189,7 @@ def _modern_bert(shape: Shape, longest: int) -> Subject:
         attn_implementation="sdpa",
     )
     module = ModernBertModel(config)
-    return Subject("ModernBERT, full attention", module, _last_hidden_state(module), module.layers)
+    return Subject(PEERS[1], module, _last_hidden_state(module), module.layers)
 
 
 def _bert(shape: Shape, longest: int) -> Subject:
@@ -202,7 +207,7 @@ def _bert(shape: Shape, longest: int) -> Subject:
         attn_implementation="sdpa",
     )
     module = BertModel(config, add_pooling_layer=False)
-    return Subject("BERT", module, _last_hidden_state(module), module.encoder.layer)
+    return Subject(PEERS[2], module, _last_hidden_state(module), module.encoder.layer)
 
 
 def _last_hidden_state(module: Any) -> Callable[[Tensor], Tensor]:

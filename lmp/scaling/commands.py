@@ -46,6 +46,9 @@ def register(bench: Any) -> None:
     step.add_argument("--trainer-shots", type=int, metavar="P", help="shots of one of the trainer's packs")
     step.add_argument("--trainer-steps", type=int, metavar="N", help="steps of the trainer that are measured")
     step.add_argument("--budget", dest="budget_mib", type=float, metavar="MIB", help="memory for the longest sequence")
+    step.add_argument(
+        "--encoders", type=lambda text: tuple(text.split(";")), metavar="A;B", help="which take part (all)"
+    )
     step.add_argument("--compiled", action="store_true", default=None, help="compiled encoders too")
     step.add_argument("--out", type=Path, metavar="REPORT.json")
     step.set_defaults(run=_step)
@@ -89,7 +92,18 @@ def _step(arguments: argparse.Namespace) -> int:
     from lmp.scaling.bench_tables import print_parts
 
     _check_out(arguments.out)
-    names = ("width", "heads", "layers", "tokens", "rounds", "lengths", "loss_tokens", "budget_mib", "compiled")
+    names = (
+        "width",
+        "heads",
+        "layers",
+        "tokens",
+        "rounds",
+        "lengths",
+        "loss_tokens",
+        "budget_mib",
+        "encoders",
+        "compiled",
+    )
     changes = {name: getattr(arguments, name) for name in (*names, "trainer_shots", "trainer_steps")}
     settings = settings_of(arguments.device, quick=arguments.quick, **changes)
     parts = [part for part in arguments.parts.split(",") if part] or PARTS

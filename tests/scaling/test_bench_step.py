@@ -21,9 +21,8 @@ from lmp.model.backends import BACKENDS
 from lmp.scaling import bench_attention
 from lmp.scaling.bench_length import bisect, modes
 from lmp.scaling.bench_step import PARTS, settings_of
-from lmp.scaling.bench_subjects import OWN, Shape, make_subjects, step_flops
+from lmp.scaling.bench_subjects import OWN, PEERS, Shape, make_subjects, step_flops
 
-PEERS = ("torch.nn.TransformerEncoder", "ModernBERT, full attention", "BERT")
 SMALL = [
     *("--quick", "--device=cpu", "--width=32", "--heads=2", "--layers=2", "--lengths=32,64", "--tokens=64"),
     *("--rounds=2", "--budget=0.5", "--loss-tokens=512,1024,2048", "--trainer-shots=16", "--trainer-steps=5"),
@@ -87,7 +86,7 @@ def test_wrong_attention_is_found_out() -> None:
 def test_operations_are_those_that_torch_counts() -> None:
     shape = Shape(width=32, heads=2, layers=3)
     x_BLD = torch.randn(2, 24, 32)
-    subjects = make_subjects(shape, longest=24, device=torch.device("cpu"), dtype=torch.float32)
+    subjects = make_subjects((*OWN, *PEERS), shape, longest=24, device=torch.device("cpu"), dtype=torch.float32)
     for subject in subjects:
         # The math kernel is made of products, which the counter knows; backward of fused ones does some again.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -98,7 +97,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 
 def test_encoders_have_the_same_size_and_see_the_whole_sequence_both_ways() -> None:
     shape = Shape(width=48, heads=2, layers=2)
-    subjects = make_subjects(shape, longest=16, device=torch.device("cpu"), dtype=torch.float32)
+    subjects = make_subjects((*OWN, *PEERS), shape, longest=16, device=torch.device("cpu"), dtype=torch.float32)
     sizes = [subject.matmul_parameters for subject in subjects]
     assert max(sizes) <= 1.01 * min(sizes)
     for subject in subjects:
