@@ -30,6 +30,10 @@ PASS_THROUGH = (
 )
 
 
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's own reduce_bucket_size, in elements."""
+
+
 @dataclass(frozen=True)
 class DeepSpeedSettings:
     """What of a run's configuration reaches DeepSpeed: ZeRO stage, precision, clipping norm, keys passed through."""
@@ -66,9 +70,15 @@ def generated(settings: DeepSpeedSettings) -> dict[str, Any]:
     return keys
 
 
-def deepspeed_config(settings: DeepSpeedSettings) -> dict[str, Any]:
-    """The whole DeepSpeed configuration: what is generated, joined by the keys passed through."""
-    return merge(generated(settings), settings.extra)
+def deepspeed_config(settings: DeepSpeedSettings, *, parameters: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration: what is generated, joined by the keys passed through.
+
+    Args:
+        settings: what the schema says.
+        parameters: of the model. DeepSpeed allocates its reduction bucket whole, so it is made no larger.
+    """
+    bucket = {"zero_optimization": {"reduce_bucket_size": min(DEFAULT_BUCKET, parameters)}}
+    return merge(merge(bucket, generated(settings)), settings.extra)
 
 
 def deepspeed_faults(settings: DeepSpeedSettings) -> list[str]:

@@ -114,7 +114,7 @@ class _BareLoop:
             groups = [{**group, "params": [by[id(p)] for p in group["params"]]} for group in groups]
             self.model.bfloat16()
         settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=settings.betas, eps=settings.eps)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=settings.betas, eps=settings.eps, fused=True)
         self.objectives = build_objectives(config.objectives, target=model_config.target, sources=model_config.sources)
 
     def prepare(self, batch: StepBatch) -> list[tuple[PackBatch, ObjectiveBatch]]:

@@ -18,12 +18,11 @@ from functools import cached_property, lru_cache
 
 from lmp.model import LmpConfig
 from lmp.objectives.settings import ObjectivesConfig
+from lmp.parallel.deepspeed_config import DEFAULT_BUCKET
 from lmp.parallel.memory_settings import Checkpointing
 
 GIB = 2**30
 FP32 = 4
-DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size in elements; allocated whole, however small the model is."""
 MAX_LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: as many gathered parameters stay between forward and backward."""
 
@@ -39,7 +38,7 @@ class Job:
         world_size: ranks.
         packs_per_step: packs in one optimizer step, over all ranks.
         feature_bytes: of one stored feature number.
-        bucket: elements of DeepSpeed's reduce bucket.
+        bucket: elements of DeepSpeed's reduce bucket; None: as many as the model has, 5e8 at most.
         offload_optimizer: whether DeepSpeed keeps master weights and moments in host memory.
         packed_kernels: attention takes contiguous tensors (CUDA kernels) instead of views of the packed qkv (CPU).
     """
@@ -50,7 +49,7 @@ class Job:
     world_size: int
     packs_per_step: int
     feature_bytes: int = 2
-    bucket: int = DEFAULT_BUCKET
+    bucket: int | None = None
     offload_optimizer: bool = False
     packed_kernels: bool = False
 
@@ -214,7 +213,7 @@ def model_states(
     bf16: bool,
     world_size: int,
     accumulates: bool,
-    bucket: int = DEFAULT_BUCKET,
+    bucket: int | None = None,
     offload: bool = False,
 ) -> States:
     """What DeepSpeed 0.19.8 keeps of the model on one rank, as counted in its engine with two parameter groups.
@@ -226,16 +225,16 @@ def model_states(
         bf16: parameters are bfloat16, gradients are accumulated in float32.
         world_size: ranks that share the states.
         accumulates: whether a rank has several packs in a step.
-        bucket: elements of the reduction bucket.
+        bucket: elements of the reduction bucket, as in Job.
         offload: master weights, moments and the owned gradients are in host memory.
     """
     n, b = float(total), 2 if bf16 else 4
     share, group = n / world_size, largest / world_size
+    bucket = min(DEFAULT_BUCKET, total) if bucket is None else bucket
     small = min(float(bucket), n)
     # A bucket that holds every gradient is emptied at the end of backward, when the activations are gone.
     during = small if bucket < n else 0.0
     parameters, optimizer = b * n, 12 * share
-    adam = 8 * group  # its update makes two temporaries of what it updates
     if zero == 0:
         gradients, buffers, optimizer = 4 * n, 0.0, 8 * n
         update = parameters + gradients + optimizer + 4 * min(n, DEFAULT_BUCKET)
@@ -243,23 +242,23 @@ def model_states(
         # BF16_Optimizer: bf16 gradients, and whole fp32 ones to add them to; these travel as a bf16 copy of a flat one.
         gradients, buffers = 2 * n + 4 * n, 0.0
         travel = 6 * min(n, DEFAULT_BUCKET) if world_size > 1 else 0.0
-        update = parameters + gradients + optimizer + max(travel, adam)
+        update = parameters + gradients + optimizer + travel
     elif zero == 1:
         gradients, buffers = 4 * n, 4.0 * bucket
         reduced = gradients + buffers + 4 * share
-        update = parameters + optimizer + max(reduced, 8 * group + adam)
+        update = parameters + optimizer + max(reduced, 8 * group)
     elif zero == 2:
         owned = 4 * share * (2 if accumulates and not bf16 else 1)
         gradients, buffers = owned, b * float(bucket) + 4 * during
         reduced = gradients + b * float(bucket) + 4 * small
-        update = parameters + optimizer + max(reduced, 4 * share + (0 if bf16 else 4 * group) + adam)
+        update = parameters + optimizer + max(reduced, 4 * share + (0 if bf16 else 4 * group))
     else:
         gathered = b * min(n, MAX_LIVE) if world_size > 1 else 0.0
         parameters = b * share + gathered
         copies = (6 if bf16 else 8) * small
         gradients, buffers = 4 * share, b * float(bucket) + (copies if during else 0.0)
         rest = b * share + gradients + optimizer + b * float(bucket)
-        update = rest + max(gathered + copies, 4 * group + adam)
+        update = rest + max(gathered + copies, 4 * group)
     if not (offload and zero):
         return States(parameters, gradients, optimizer, buffers, update, host=0.0)
     host = optimizer + 4 * share + (4 * share if zero == 3 else 0.0)

@@ -219,7 +219,7 @@ def _conclude(setting: Any, found: Sequence[Any], best: Any) -> None:
     )
     total, _ = parameter_counts(setting.model)
     job = setting.job(best.packs_per_step)
-    idle = (job.bucket - total) * job.itemsize
+    idle = ((job.bucket or 0) - total) * job.itemsize
     if best.memory.states.buffers >= idle > 0.02 * setting.device.limit:
         print(
             f"hint: DeepSpeed's bucket holds {idle / 2**30:.1f} GiB more than all gradients; "

@@ -34,13 +34,14 @@ class Engine:
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
+            fused=True,
         )
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip_without_zero)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(mesh.device),
             optimizer=optimizer,
-            config=deepspeed_config(config.deepspeed),
+            config=deepspeed_config(config.deepspeed, parameters=sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
 

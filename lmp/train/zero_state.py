@@ -63,7 +63,7 @@ def _import_plain(engine: Engine, read: Callable[[str], State], step: int) -> No
             weight, *moments = read(name)
             parameter.copy_(weight)
             state = engine.optimizer.state[parameter]
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=parameter.device)
             for part, value in zip(PARTS[1:], moments, strict=True):
                 state[part] = value.to(parameter.device, torch.float32).clone()
 
@@ -106,7 +106,7 @@ def _allocate_moments(engine: Engine, step: int) -> None:
     """Create Adam's state for every flat partition, so that no dummy step is needed."""
     for flat in _flat_partitions(engine):
         engine.optimizer.optimizer.state[flat] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=flat.device),
             "exp_avg": torch.zeros_like(flat),
             "exp_avg_sq": torch.zeros_like(flat),
         }
