@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import resource
 import time
@@ -22,6 +23,7 @@ from lmp.data.index import FilmIndex
 from lmp.errors import UserError
 
 _RAW_PIECE = 4 << 20
+_RAW_BLOCK, _RAW_BLOCKS = 16 << 20, 3
 _WINDOW = 60
 _PEER_CHUNK = 64 << 20
 
@@ -73,6 +75,8 @@ def readers() -> dict[str, Reader]:
     found = [
         Reader("raw", "pieces", partial(_raw, summed=False)),
         Reader("raw+sum", "pieces", partial(_raw, summed=True)),
+        Reader("raw-plain", "pieces", _raw_plain),
+        Reader("raw-blocks", "pieces", _raw_blocks),
         Reader("lmp-films", "films", _films),
         Reader("lmp-windows", "windows", _windows),
         *packs,
@@ -174,13 +178,36 @@ def _row_bytes(index: FilmIndex) -> int:
 
 def _raw(places: Places, *, summed: bool) -> Iterator[int]:
     """The fastest that one thread can: into one aligned buffer again and again."""
-    memory = np.empty(_RAW_PIECE + 4096, dtype=np.uint8)
+    return _read_into(places, [_aligned(_RAW_PIECE)], summed=summed)
+
+
+def _raw_plain(places: Places) -> Iterator[int]:
+    """As a program reads that does not think of alignment: into one bytearray."""
+    return _read_into(places, [np.frombuffer(bytearray(_RAW_PIECE), np.uint8)], summed=False)
+
+
+def _raw_blocks(places: Places) -> Iterator[int]:
+    """Into as much memory as packs of 4,096 shots take that are made, ready and in use."""
+    return _read_into(places, [_aligned(_RAW_BLOCK) for _ in range(_RAW_BLOCKS)], summed=False)
+
+
+def _aligned(size: int) -> np.ndarray:
+    memory = np.empty(size + 4096, dtype=np.uint8)
     first = -memory.ctypes.data % 4096
-    piece = memory[first : first + _RAW_PIECE]
-    piece.fill(0)
+    memory.fill(0)
+    return memory[first : first + size]
+
+
+def _read_into(places: Places, blocks: list[np.ndarray], *, summed: bool) -> Iterator[int]:
+    """Every byte of the shards, in pieces laid end to end into each of the blocks by turns."""
+    places_in_turn = itertools.cycle(
+        block[start : start + _RAW_PIECE] for block in blocks for start in range(0, len(block), _RAW_PIECE)
+    )
     for shard in sorted(places.shards.glob("*.tar")):
         with shard.open("rb", buffering=0) as file:
-            while size := file.readinto(piece.data):
+            for piece in places_in_turn:
+                if not (size := file.readinto(piece.data)):
+                    break
                 if summed:
                     _sum_bytes(piece[:size])
                 yield size
