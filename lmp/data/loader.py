@@ -74,6 +74,7 @@ class PackLoader:
     the step that it belongs to. Close it (or use it as a context manager) to stop the threads early.
 
     Args:
+        stream: of this index and these settings, where plans were made already.
         cursor: the first step to deliver; None: the first of all.
         dp_rank, dp_size: this rank's place among those that share the packs of a step.
         sp_rank, sp_size: its place among those that share the shots of a pack; P % sp_size == 0.
@@ -92,6 +93,7 @@ class PackLoader:
         index: FilmIndex,
         settings: PlanSettings,
         *,
+        stream: Stream | None = None,
         cursor: Cursor | None = None,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -115,7 +117,7 @@ class PackLoader:
             )
         if not (0 <= dp_rank < dp_size and 0 <= sp_rank < sp_size):
             raise ValueError(f"rank {dp_rank} of {dp_size}, sequence rank {sp_rank} of {sp_size}")
-        self.stream = Stream.of(index, settings)
+        self.stream = stream or Stream.of(index, settings)
         self._index, self._pin, self._blocks = index, pin, Blocks()
         self._next = self.stream.first() if cursor is None else cursor
         self.stream.check(self._next)

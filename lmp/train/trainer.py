@@ -76,6 +76,7 @@ class Start:
     def __init__(self, config: Config, folder: RunFolder, index: FilmIndex, here: Mesh) -> None:
         self.config, self.folder, self.index, self.mesh = config, folder, index, here
         self.plan = plan_settings(config, index)
+        self.stream = Stream.of(index, self.plan)
         self.tokens_per_shot = sum(modality.tokens for modality in index.modalities.values())
         self.model_config = model_config(config, index)
         self.attention = attention_of(config, here.device)
@@ -109,6 +110,7 @@ class Start:
         loader = PackLoader(
             self.index,
             self.plan,
+            stream=self.stream,
             cursor=progress.cursor,
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp_size,
@@ -119,7 +121,7 @@ class Start:
             pin=self.mesh.device.type == "cuda",
             stall_seconds=self.config.data.stall_seconds,
         )
-        check_same_stream(self.index, loader.stream, progress.cursor, self.mesh)
+        check_same_stream(self.index, self.stream, progress.cursor, self.mesh)
         steps = self.config.train.steps
         try:
             with (
@@ -199,8 +201,7 @@ class Start:
             for fault in passed_over:
                 print(f"passed over: {fault}", flush=True)
         if path is None:
-            first = Stream.of(self.index, self.plan).first()
-            return Progress(step=0, cursor=first, shots_seen=0, tokens_seen=0)
+            return Progress(step=0, cursor=self.stream.first(), shots_seen=0, tokens_seen=0)
         change = stream_change(checkpoint.read_manifest(path)["data"], self.index, self.plan)
         if change and not new_data:
             raise UserError(
@@ -209,8 +210,7 @@ class Start:
             )
         progress = checkpoint.restore(path, self.engine)
         if change:
-            first = Stream.of(self.index, self.plan).first(progress.cursor.epoch + 1)
-            progress = replace(progress, cursor=first)
+            progress = replace(progress, cursor=self.stream.first(progress.cursor.epoch + 1))
         return progress
 
     def _advance(self, progress: Progress, cursor: Cursor, shots: int) -> Progress:
