@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from lmp.data.manifest import FEATURE_DTYPES
+from lmp.data.record import not_finite
 from lmp.errors import UserError
 
 KINDS = ("npy", "npz", "safetensors", "pt", "pth")
@@ -89,7 +90,7 @@ def to_stored(rows_SKD: torch.Tensor, dtype: torch.dtype | None, where: str) -> 
     if dtype is None:
         dtype = rows_SKD.dtype if rows_SKD.dtype in FEATURE_DTYPES.values() else torch.float16
     stored_SKD = rows_SKD.to(dtype)
-    lost_S = torch.isfinite(rows_SKD).flatten(1).all(1) & ~torch.isfinite(stored_SKD).flatten(1).all(1)
+    lost_S = ~not_finite(rows_SKD) & not_finite(stored_SKD)
     if lost_S.any():
         largest = float(rows_SKD[lost_S].abs().max())
         narrow = dtype == torch.float16 and largest < torch.finfo(torch.bfloat16).max

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from lmp.data.storage import Done, Files, Range, ReadError, read_fully
+from lmp.data.storage import Files, Range, ReadError, read_fully
 from lmp.errors import UserError
 
 if TYPE_CHECKING:
@@ -215,8 +215,7 @@ class ShardCache:
             self._give_up_if_closed()
             data = buffer[: shard.bytes - start]
             shard.files.read(
-                [Range(shard.location, start + at, data[at : at + _PIECE]) for at in range(0, len(data), _PIECE)],
-                lambda _: None,
+                [Range(shard.location, start + at, data[at : at + _PIECE]) for at in range(0, len(data), _PIECE)]
             )
             yield start, data
 
@@ -309,7 +308,7 @@ class CachedFiles:
         self.cache = cache
         self.shards = shards
 
-    def read(self, ranges: Sequence[Range], done: Done) -> None:
+    def read(self, ranges: Sequence[Range]) -> None:
         """See Files.read; shard by shard."""
         groups: dict[str, list[Range]] = {}
         for wanted in ranges:
@@ -324,7 +323,6 @@ class CachedFiles:
             try:
                 for wanted in group:
                     read_fully(descriptor, wanted)
-                    done(wanted)
             finally:
                 os.close(descriptor)
 

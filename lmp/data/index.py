@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ class FilmIndex:
         offset, size, crc32 = self._info_F3[film].tolist()
         buffer = bytearray(size)
         wanted = Range(self.shards[self.shard_of[film]], offset, memoryview(buffer), (film, "info"))
-        self._read([wanted], lambda _: None)
+        self._read([wanted])
         if _known(crc32) is not None and zlib.crc32(buffer) != crc32:
             raise UserError(f"{self.place(film, 'info')}: the bytes are not those written", remedy=REPAIR)
         try:
@@ -170,7 +170,7 @@ class FilmIndex:
                     buffer = part.out.bytes_of(column.name)
                     ranges.append(Range(shard, offset + part.start * size, buffer, (part.film, column, part)))
         if only is not None:
-            return self._read(ranges, lambda _: None)
+            return self._read(ranges)
         try:
             return self._read_checked(parts, ranges)
         except _ChangedError as error:
@@ -191,7 +191,7 @@ class FilmIndex:
             self._cached.cache.fetch(self._cached.shards[path] for path in paths)
 
     def _read_checked(self, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
-        self._read(ranges, lambda _: None)
+        self._read(ranges)
         for run in _runs([part for part in parts if self.checked(part.film)]):
             self._check(run, self._summed)
 
@@ -288,14 +288,14 @@ class FilmIndex:
         place = f"{self.place(part.film, column.modality)}: the bytes of shot {part.start + row}"
         return _ChangedError(f"{place} are not those written", shard=int(self.shard_of[part.film]))
 
-    def _read(self, ranges: Sequence[Range], done: Callable[[Range], None]) -> None:
+    def _read(self, ranges: Sequence[Range]) -> None:
         groups: dict[int, tuple[Files, list[Range]]] = {}
         for wanted in ranges:
             files = self._files[self.shard_of[wanted.tag[0]]]
             groups.setdefault(id(files), (files, []))[1].append(wanted)
         try:
             for files, group in groups.values():
-                files.read(group, done)
+                files.read(group)
         except ReadError as error:
             film, what = error.range.tag[:2]
             name = what.modality if isinstance(what, Column) else what

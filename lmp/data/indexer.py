@@ -20,6 +20,7 @@ from lmp.data.manifest import (
     CHECK,
     FEATURE_DTYPES,
     MANIFEST_NAME,
+    SAFETENSORS_NAMES,
     Column,
     Manifest,
     Modality,
@@ -29,14 +30,14 @@ from lmp.data.manifest import (
     read_manifest,
 )
 from lmp.data.publish import STAGING, IndexRows, lock_folder, make_manifest, publish
-from lmp.data.record import KEY_PATTERN, NAME_PATTERN, check_same_modalities, check_shots, shot_checks
+from lmp.data.record import KEY_PATTERN, NAME_PATTERN, check_same_modalities, check_shots, not_finite, shot_checks
 from lmp.data.storage import is_url, normal
 from lmp.data.tar import AGAIN, Member, Sample, Tar
 from lmp.errors import UserError
 
 _PIECE = 1 << 22
 _MOST_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _OTHER_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "F32": 4, "U64": 8, "F64": 8}
 # A dtype that is not listed is refused later for what it is; here its size is not known.
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | _OTHER_BYTES
@@ -361,7 +362,7 @@ def _check_values(film: _Film, blob: memoryview, columns: list[Column]) -> None:
         valid_S = found[f"{name}_valid"].view(torch.uint8)
         if int(valid_S.max()) > 1:
             raise UserError(f"{film.where}: {name}_valid holds bytes that are neither 0 nor 1", remedy=AGAIN)
-        bad_S = ~torch.isfinite(found[name]).flatten(1).all(1)
+        bad_S = not_finite(found[name])
         if bad_S.any():
             raise UserError(
                 f"{film.where}: {name} holds NaN or infinity in {int(bad_S.sum())} shots, "

@@ -223,13 +223,18 @@ class _Task:
         """options: of read_pack."""
         self._index, self._pack, self._slot, self._options = index, pack, slot, options
         self.future: Future[PackBatch] | None = None
-        self.where: str | None = None
+        self.parts: list[Part] = []
 
     def __call__(self) -> PackBatch:
         return read_pack(self._index, self._pack, self._slot, **self._options, at=self._at)
 
+    @property
+    def where(self) -> str:
+        """What is being read, or was last; empty before that."""
+        return "; ".join(self._index.place(p.film, f"shot {p.start} on") for p in self.parts)
+
     def _at(self, parts: list[Part]) -> None:
-        self.where = "; ".join(self._index.place(p.film, f"shot {p.start} on") for p in parts)
+        self.parts = parts
 
 
 def read_pack(

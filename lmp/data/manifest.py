@@ -25,6 +25,14 @@ CHECK = "check"
 """Name of the tensor [S, 1 + M] int64 of checksums per shot: of its times, then of each modality by sorted name."""
 
 FEATURE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SAFETENSORS_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+"""How a safetensors header calls the dtypes of a film's columns."""
 
 
 @dataclass(frozen=True)

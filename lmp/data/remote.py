@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-from lmp.data.storage import MISSING, Done, Range, ReadError
+from lmp.data.storage import MISSING, Range, ReadError
 from lmp.errors import UserError
 
 READ_PATIENCE_S = 120.0
@@ -53,7 +53,7 @@ class RemoteFiles:
         # What fsspec does not run side by side by itself, or has no call for.
         self._pool = ThreadPoolExecutor(_THREADS, "lmp-remote")
 
-    def read(self, ranges: Sequence[Range], done: Done) -> None:
+    def read(self, ranges: Sequence[Range]) -> None:
         """See Files.read. Requests that fail for a passing reason are made again, for READ_PATIENCE_S."""
         waiting = list(_merge(ranges))
         pauses = _pauses(READ_PATIENCE_S)
@@ -69,7 +69,6 @@ class RemoteFiles:
                 for wanted in span.ranges:
                     at = wanted.offset - span.start
                     wanted.buffer[:] = answer[at : at + len(wanted.buffer)]
-                    done(wanted)
             waiting = failed
 
     def contents(self, paths: Sequence[str]) -> list[bytes | None]:
@@ -243,7 +242,7 @@ class _Stream(io.RawIOBase):
         view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
         if view:
             try:
-                self._files.read([Range(self._path, self._at, view)], lambda _: None)
+                self._files.read([Range(self._path, self._at, view)])
             except ReadError as error:
                 raise OSError(errno.EIO, error.problem, self._path) from error
         self._at += len(view)

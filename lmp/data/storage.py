@@ -46,17 +46,14 @@ class ReadError(Exception):
         self.remedy = remedy
 
 
-Done = Callable[[Range], None]
-
-
 class Files(Protocol):
     """What a kind of storage can do; all of it from many threads at once."""
 
     in_order: bool
     """Whether ranges are filled one after another, in the order given within a file; else all at once."""
 
-    def read(self, ranges: Sequence[Range], done: Done) -> None:
-        """Fill every range and call `done` with each once it is filled.
+    def read(self, ranges: Sequence[Range]) -> None:
+        """Fill every range.
 
         Raises:
             ReadError: for the first that cannot be read in full.
@@ -96,7 +93,7 @@ class LocalFiles:
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, ranges: Sequence[Range], done: Done) -> None:
+    def read(self, ranges: Sequence[Range]) -> None:
         """See Files.read; one after another."""
         for wanted in ranges:
             try:
@@ -105,7 +102,6 @@ class LocalFiles:
                 missing = isinstance(error, FileNotFoundError)
                 raise ReadError(wanted, MISSING if missing else error.strerror or str(error)) from error
             read_fully(file.descriptor, wanted)
-            done(wanted)
 
     def contents(self, paths: Sequence[str]) -> list[bytes | None]:
         """See Files.contents."""

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from lmp.data.plan import EpochPlan, Films, Pack, PlanSettings, plan
 from lmp.errors import UserError
 
 _KEPT_PLANS = 3  # the epoch before, whose packs may be carried; the one at work; the one that is prepared
+_KEPT_STEPS = 64
 _KEPT_PACKS = 10_000  # more plans than those are kept while they are this small: a step may span many small epochs
 
 
@@ -46,6 +48,8 @@ class Stream:
         self.films, self.settings = films, settings
         self._plans: OrderedDict[int, Future[EpochPlan]] = OrderedDict()
         self._lock = threading.Lock()
+        # Asked for when a step is read, when it is trained on, and when its shards are fetched.
+        self._packs = lru_cache(_KEPT_STEPS)(self._make_packs)
         self._kept = max(_KEPT_PLANS, _KEPT_PACKS * settings.pack_shots // max(int(films.shots_F.sum()), 1))
 
     @classmethod
@@ -88,6 +92,9 @@ class Stream:
         Raises:
             UserError: the stream has no such step.
         """
+        return self._packs(cursor)
+
+    def _make_packs(self, cursor: Cursor) -> tuple[Pack, ...]:
         self.check(cursor)
         first = cursor.step * self.settings.packs_per_step - cursor.carried
         epoch_plan = self.epoch(cursor.epoch)

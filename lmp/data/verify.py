@@ -13,20 +13,13 @@ import torch
 
 from lmp.data.film_slice import FilmSlice, Part
 from lmp.data.index import FilmIndex
-from lmp.data.manifest import CHECK, Column, modalities_to_json
+from lmp.data.manifest import CHECK, SAFETENSORS_NAMES, Column, modalities_to_json
 from lmp.data.members import Member, Walk, walk
+from lmp.data.record import not_finite
 from lmp.data.storage import Range, ReadError
 from lmp.errors import UserError
 
 _INFO = "info"
-_SAFETENSORS_DTYPES = {
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-_EXPONENT = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 @dataclass(frozen=True)
@@ -163,7 +156,7 @@ def read_film(index: FilmIndex, film: int) -> ReadFilm:
     stored = index.stored(film)
     ranges = []
     for name, offset, size, _ in stored:
-        buffer = memoryview(bytearray(size)) if name == _INFO else _bytes_of(rows.column(name))
+        buffer = memoryview(bytearray(size)) if name == _INFO else rows.bytes_of(name)
         ranges.append(Range(index.shards[shard], offset, buffer, name))
     unread = _read_each(index, shard, ranges)
     faults: list[Fault] = []
@@ -187,13 +180,13 @@ def _read_each(index: FilmIndex, shard: int, ranges: list[Range]) -> dict[str, s
     """Fill the ranges, at once if it goes; else one by one. What went wrong with each that could not be read."""
     files = index.files_of(shard)
     try:
-        files.read(ranges, lambda _: None)
+        files.read(ranges)
         return {}
     except ReadError:
         problems = {}
         for wanted in ranges:
             try:
-                files.read([wanted], lambda _: None)
+                files.read([wanted])
             except ReadError as error:
                 problems[wanted.tag] = error.problem
         return problems
@@ -238,15 +231,8 @@ def _look_at_rows(index: FilmIndex, film: int, rows: FilmSlice, whole: set[str])
         valid = f"{name}_valid"
         if valid in whole and (rows.valid[name].view(torch.uint8) > 1).any():
             yield valid, "holds bytes other than 0 and 1"
-        if name in whole and (bad_N := _not_finite(rows.features[name])).any():
-            yield name, f"holds NaN or infinity, first in shot {int(bad_N.argmax())}"
-
-
-def _not_finite(features_NKD: torch.Tensor) -> np.ndarray:
-    """bool [N], the shots with NaN or infinity: all bits of an exponent are set. Far faster than torch.isfinite."""
-    exponent = np.int16(_EXPONENT[features_NKD.dtype])
-    bits_NB = features_NKD.view(torch.int16).flatten(1).numpy()
-    return (bits_NB & exponent).max(axis=1) == exponent
+        if name in whole and (bad_N := not_finite(rows.features[name])).any():
+            yield name, f"holds NaN or infinity, first in shot {int(bad_N.int().argmax())}"
 
 
 def _member_faults(index: FilmIndex, film: int, found: Walk) -> Iterator[Fault]:
@@ -306,8 +292,8 @@ def _entry_problem(member: Member, header: Mapping[str, Any], column: Column, sh
     except (ValueError, KeyError, TypeError):
         return "its entry in the safetensors header is damaged or missing"
     wanted = [shots, *column.row_shape]
-    if dtype != _SAFETENSORS_DTYPES[column.dtype] or shape != wanted:
-        expected = f"{_SAFETENSORS_DTYPES[column.dtype]} {wanted}"
+    if dtype != SAFETENSORS_NAMES[column.dtype] or shape != wanted:
+        expected = f"{SAFETENSORS_NAMES[column.dtype]} {wanted}"
         return f"is {dtype} {shape} in the safetensors header, the index says {expected}"
     if start != offset or size != shots * column.row_bytes:
         return (
@@ -315,7 +301,3 @@ def _entry_problem(member: Member, header: Mapping[str, Any], column: Column, sh
             f"the index says {offset} to {offset + shots * column.row_bytes}"
         )
     return None
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -125,15 +125,10 @@ class _BareLoop:
 
     def accumulate(self, packs: list[tuple[PackBatch, ObjectiveBatch]]) -> None:
         """Forward and backward."""
+        from lmp.train.step import forward
+
         for pack, view in packs:
-            output = self.model(
-                pack.features,
-                pack.valid,
-                lengths=pack.lengths,
-                positions=pack.position_P,
-                times=pack.time_P,
-                masked=view.masked,
-            )
+            output = forward(self.model, pack, view)
             losses = [_mean_loss(objective, output, view) for objective in self.objectives]
             (torch.stack(losses).sum() / len(packs)).backward()
 

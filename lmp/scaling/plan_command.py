@@ -203,7 +203,6 @@ def _unfit(found: Sequence[Any]) -> list[str]:
 
 
 def _conclude(setting: Any, found: Sequence[Any], best: Any) -> None:
-    from lmp.scaling.memory import parameter_counts
     from lmp.scaling.planner import overrides
 
     if best is None:
@@ -217,11 +216,3 @@ def _conclude(setting: Any, found: Sequence[Any], best: Any) -> None:
         f"{longest.choice.checkpointing}{', offload' if longest.choice.offload else ''}"
         f"{f', tile_mlp {longest.choice.tile_mlp}' if longest.choice.tile_mlp else ''}"
     )
-    total, _ = parameter_counts(setting.model)
-    job = setting.job(best.packs_per_step)
-    idle = ((job.bucket or 0) - total) * job.itemsize
-    if best.memory.states.buffers >= idle > 0.02 * setting.device.limit:
-        print(
-            f"hint: DeepSpeed's bucket holds {idle / 2**30:.1f} GiB more than all gradients; "
-            f"'parallel.deepspeed={{zero_optimization: {{reduce_bucket_size: {total}}}}}' gives them back"
-        )

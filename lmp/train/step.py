@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,9 +153,9 @@ def whole_step(
     return sums
 
 
-def forward(engine: Engine, pack: PackBatch, view: ObjectiveBatch) -> Any:
-    """The model's output for a pack with the masks of `view`."""
-    return engine(
+def forward(model: Callable[..., Any], pack: PackBatch, view: ObjectiveBatch) -> Any:
+    """The output of a model, or of an engine that holds one, for a pack with the masks of `view`."""
+    return model(
         pack.features,
         pack.valid,
         lengths=pack.lengths,

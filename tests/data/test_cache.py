@@ -20,7 +20,7 @@ from lmp.data import storage
 from lmp.data.cache import CachedShard, ShardCache, cached_shard
 from lmp.data.index import FilmIndex
 from lmp.data.shards import FilmRecord
-from lmp.data.storage import Done, LocalFiles, Range, ReadError, files_at
+from lmp.data.storage import LocalFiles, Range, ReadError, files_at
 from lmp.errors import UserError
 from tests.data.servers import Server, folder_app
 
@@ -120,7 +120,7 @@ from lmp.data.storage import files_at
 class Web:
     def sizes(self, paths):
         return [int(urlopen(Request(p, method="HEAD")).headers["Content-Length"]) for p in paths]
-    def read(self, ranges, done):
+    def read(self, ranges):
         for r in ranges:
             asked = Request(r.path, headers={"Range": f"bytes={r.offset}-{r.offset + len(r.buffer) - 1}"})
             r.buffer[:] = urlopen(asked).read()
@@ -278,13 +278,11 @@ class _Garbling(LocalFiles):
         super().__init__()
         self.times = times
 
-    def read(self, ranges: Any, done: Done) -> None:
-        super().read(ranges, lambda _: None)
+    def read(self, ranges: Any) -> None:
+        super().read(ranges)
         if self.times:
             self.times -= 1
             ranges[0].buffer[7] ^= 1
-        for wanted in ranges:
-            done(wanted)
 
 
 def test_bytes_changed_on_their_way_are_fetched_again(tmp_path: Path) -> None:
@@ -305,9 +303,9 @@ def test_a_large_shard_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     calls: list[list[int]] = []
 
     class Counting(LocalFiles):
-        def read(self, ranges: Any, done: Done) -> None:
+        def read(self, ranges: Any) -> None:
             calls.append([len(r.buffer) for r in ranges])
-            super().read(ranges, done)
+            super().read(ranges)
 
     descriptor = ShardCache(tmp_path / "cache", MANY).open(shard._replace(files=Counting()))
     assert os.read(descriptor, 99_999) == Path(shard.location).read_bytes()
@@ -390,7 +388,9 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_ranges_of_several_shards_in_one_call(server: Server, films: list[FilmRecord], tmp_path: Path) -> None:
     index = FilmIndex.load(f"{server.url}/films", cache=ShardCache(tmp_path, MANY))
     buffers = [bytearray(100) for _ in range(12)]
-    order: list[str] = []
     ranges = [Range(path, 0, memoryview(b)) for path, b in zip(index.shards, buffers, strict=True)]
-    index.files_of(0).read(ranges, lambda wanted: order.append(wanted.path))
-    assert order == index.shards and len(set(map(bytes, buffers))) == 12 and fetched(server) == 12
+    index.files_of(0).read(ranges)
+    assert len(set(map(bytes, buffers))) == 12 and fetched(server) == 12
+    sources = [bytearray(100) for _ in range(12)]
+    files_at(server.url).read([Range(r.path, 0, memoryview(b)) for r, b in zip(ranges, sources, strict=True)])
+    assert buffers == sources

@@ -170,7 +170,7 @@ def test_the_record_that_is_no_json_is_a_fault(copy: Path) -> None:
 def test_what_another_writer_let_through_is_found(
     tmp_path: Path, film: Make, monkeypatch: pytest.MonkeyPatch, change: Callable[[FilmRecord], Any], message: str
 ) -> None:
-    monkeypatch.setattr(torch, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
+    monkeypatch.setattr("lmp.data.record.not_finite", lambda t: torch.zeros(len(t), dtype=torch.bool))
     monkeypatch.setattr("lmp.data.record.check_shots", lambda _, shots_S2: torch.from_numpy(shots_S2.copy()))
     bad = film("a", 4)
     change(bad)
@@ -186,7 +186,7 @@ def test_what_another_writer_let_through_is_found(
 def test_what_is_finite_and_what_is_not(
     tmp_path: Path, film: Make, monkeypatch: pytest.MonkeyPatch, name: str, value: float | str
 ) -> None:
-    monkeypatch.setattr(torch, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
+    monkeypatch.setattr("lmp.data.record.not_finite", lambda t: torch.zeros(len(t), dtype=torch.bool))
     record = film("a", 4)
     limits = torch.finfo(record.features[name].dtype)
     number = {"largest": limits.max, "smallest": limits.smallest_normal / 2}.get(value, value)
