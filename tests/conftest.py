@@ -20,3 +20,17 @@ def real_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"LMP_TEST_DATA names {folder}, which is not there")
     return Path(folder)
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What each call of os.preadv has delivered, from here on; to be cleared at will."""
+    read: list[int] = []
+    preadv = os.preadv
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(preadv(descriptor, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    return read

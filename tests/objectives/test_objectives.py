@@ -14,33 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmp.model import LmpConfig, LmpForPretraining
+from lmp.model import LmpForPretraining
 from lmp.objectives import ObjectivesConfig, build_objectives
 from lmp.objectives.base import Objective, ObjectiveBatch, PackView, Term
 from lmp.objectives.masking import draw_masks
+from tests.objectives.reference import SHAPES, make_model
 
-SHAPES = {
-    "video": {"tokens": 2, "width": 12},
-    "audio": {"tokens": 1, "width": 6},
-    "text": {"tokens": 3, "width": 5},
-}
 LENGTHS = (7, 5, 4)
 NAMES = ("masked_shot", "alignment", "reconstruction")
-
-
-def make_model() -> LmpForPretraining:
-    torch.manual_seed(0)
-    config = LmpConfig(
-        modalities=SHAPES,
-        width=16,
-        heads=2,
-        contextual_layers=1,
-        cross_layers=1,
-        contrastive_width=8,
-        max_positions=20,
-        initializer_range=0.3,
-    )
-    return LmpForPretraining(config)
 
 
 def make_batch(seed: int = 0, missing: tuple[str, ...] = (), ratio: float = 0.4) -> ObjectiveBatch:

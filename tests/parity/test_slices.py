@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,34 +20,9 @@ ALIGNMENT = 64 * (3 + 2 * len(WIDTHS))
 """Each column of a slice, and the slice, begin at a multiple of 64 bytes."""
 
 
-class Counter:
-    """Counts the bytes that `os.preadv` delivers."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._preadv = os.preadv
-
-    def __call__(self, *args: object) -> int:
-        got = self._preadv(*args)  # type: ignore[arg-type]
-        self.total += got
-        return got
-
-    def taken(self) -> int:
-        """What was read since the last call."""
-        total, self.total = self.total, 0
-        return total
-
-
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> FilmIndex:
     return FilmIndex.load([make_shards(tmp_path_factory.mktemp("slices") / "shards", films=9)])
-
-
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    counter = Counter()
-    monkeypatch.setattr(os, "preadv", counter)
-    return counter
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -60,15 +34,19 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     seed=st.integers(0, 99),
 )
 def test_each_rank_reads_and_holds_its_slice(
-    index: FilmIndex, counter: Counter, sp: int, dp: int, pack_shots: int, window_shots: int | None, seed: int
+    index: FilmIndex, bytes_read: list[int], sp: int, dp: int, pack_shots: int, window_shots: int | None, seed: int
 ) -> None:
     plan = PlanSettings(seed=seed, pack_shots=pack_shots, packs_per_step=PACKS_PER_STEP, window_shots=window_shots)
 
     def read(**place: int) -> list[tuple[list[PackBatch], int]]:
         """For some steps this rank's packs, and the bytes that it read for them."""
-        counter.taken()
+        found = []
+        bytes_read.clear()
         with PackLoader(index, plan, threads=0, **place) as loader:
-            return [(step.packs, counter.taken()) for step in itertools.islice(loader, 3)]
+            for step in itertools.islice(loader, 3):
+                found.append((step.packs, sum(bytes_read)))
+                bytes_read.clear()
+        return found
 
     whole = read()
     ranks = [read(dp_rank=d, dp_size=dp, sp_rank=s, sp_size=sp) for d in range(dp) for s in range(sp)]
