@@ -4,8 +4,8 @@ Only the `forward` of blocks (and of their MLPs) is replaced: parameters, their 
 from tiling and compilation, which round differently, losses and gradients are bit for bit those without it.
 
 Ulysses: the all-to-alls around attention are run again together with a block, under "selective" too, where only the
-attention operator between them is not. Keeping what they bring would cost three more tensors per layer. Every rank runs the same blocks again
-in the same order, so the collectives meet.
+attention operator between them is not. Keeping what they bring would cost three more tensors per layer. Every rank runs
+the same blocks again in the same order, so the collectives meet.
 """
 
 from __future__ import annotations

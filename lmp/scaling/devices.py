@@ -99,6 +99,11 @@ DEVICES = {
 }
 
 
+def known_device(name: str) -> Device | None:
+    """The device of the table that a card's own name (as "NVIDIA H200") tells of, or None."""
+    return next((device for device in DEVICES.values() if device.name in name.lower()), None)
+
+
 def find_device(spec: str, *, per_node: int) -> Device:
     """The device called `spec`: a name of the table, "cpu" (this machine), or NAME:GiB:TFLOPS:GBps.
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmp.parallel.memory_settings import Checkpointing
+from lmp.scaling.devices import known_device
 
 if TYPE_CHECKING:
     from lmp.model import LmpConfig
-
-PEAK_TFLOPS_BF16 = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 peaks from the vendor's data sheets, by a part of the device's name."""
 
 
 @dataclass(frozen=True)
@@ -111,4 +109,5 @@ def contrastive_flops(pairs: Iterable[tuple[float, float]], width: int) -> float
 
 def peak_tflops(device_name: str) -> float | None:
     """The dense bf16 peak of a known device, else None."""
-    return next((peak for part, peak in PEAK_TFLOPS_BF16.items() if part in device_name), None)
+    device = known_device(device_name)
+    return device.bf16_tflops if device else None

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from lmp.config import Config, load_config
+from lmp.data.manifest import FEATURE_DTYPES
 from lmp.errors import UserError
-from lmp.model import LmpConfig
 from lmp.scaling.devices import GIB, Device
 from lmp.scaling.planner import Calibration, Setting, config_choice, estimate
+from lmp.train.data import load_index, model_shape
 
 _WARMUP = 3  # first steps of a run, which pay for compilers, caches and connections
 
@@ -55,15 +56,13 @@ def inputs_of(config: Config, spec: str | None) -> Inputs:
     """
     if spec is not None:
         return Inputs(parse_modalities(spec), feature_bytes=2, shots_F=None)
-    from lmp.train.data import load_index
-
     try:
         index = load_index(config)
     except UserError as error:
         raise UserError(
             error.problem, remedy="give the shards, or say what they hold: --modalities video=1x512,audio=1x896"
         ) from error
-    widest = max(4 if m.dtype == "float32" else 2 for m in index.modalities.values())
+    widest = max(FEATURE_DTYPES[m.dtype].itemsize for m in index.modalities.values())
     modalities = {name: {"tokens": m.tokens, "width": m.width} for name, m in index.modalities.items()}
     return Inputs(modalities, feature_bytes=widest, shots_F=index.shots)
 
@@ -108,9 +107,7 @@ def setting_of(
             remedy="mend model.target, model.sources or --modalities",
         )
     try:
-        model = LmpConfig(
-            modalities=inputs.modalities, contrastive_loss=config.objectives.loss, **config.model.model_dump()
-        )
+        model = model_shape(config, inputs.modalities)
     except ValueError as error:
         raise UserError(str(error), remedy="mend the model section, or --modalities") from error
     return Setting(

@@ -1,4 +1,4 @@
-"""From a run's configuration to its data: the index, the plan's settings, and the agreement of all ranks on them."""
+"""From a run's configuration to its data and the model's shape, and the agreement of all ranks on the data."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lmp.data.index import FilmIndex
 from lmp.data.plan import PLAN_VERSION, PlanSettings, passes_for_shares
 from lmp.data.stream import Cursor, Stream
 from lmp.errors import UserError
+from lmp.model import LmpConfig
 from lmp.parallel.mesh import Mesh
 
 
@@ -45,6 +46,15 @@ def plan_settings(config: Config, index: FilmIndex) -> PlanSettings:
         block_shards=data.block_shards,
         passes=passes,
     )
+
+
+def model_shape(config: Config, modalities: dict[str, dict[str, int]]) -> LmpConfig:
+    """The model of a run for modalities NAME -> tokens and width.
+
+    Raises:
+        ValueError: they do not fit the model section.
+    """
+    return LmpConfig(modalities=modalities, contrastive_loss=config.objectives.loss, **config.model.model_dump())
 
 
 def data_facts(index: FilmIndex, settings: PlanSettings) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lmp.data.plan import Pack, Window
 from lmp.data.stream import Cursor
 from lmp.errors import UserError
 from lmp.parallel.mesh import Mesh, mesh
-from lmp.scaling.devices import GIB, Device, find_device
+from lmp.scaling.devices import GIB, Device, find_device, known_device
 from lmp.scaling.live_memory import LiveMemory
 from lmp.scaling.plan_inputs import inputs_of, setting_of
 from lmp.scaling.planner import Estimate, Setting, config_choice, estimate, overrides, plan, recommended
@@ -259,9 +259,8 @@ def _this_device(device: torch.device, per_node: int) -> Device:
     if device.type == "cpu":
         return find_device("cpu", per_node=per_node)
     properties = torch.cuda.get_device_properties(device)
-    known = [name for name in ("h200", "h100", "a100") if name in properties.name.lower()]
-    return find_device(
-        known[0] if known else f"{properties.name}:{properties.total_memory / GIB}:300:50", per_node=per_node
+    return known_device(properties.name) or find_device(
+        f"{properties.name}:{properties.total_memory / GIB}:300:50", per_node=per_node
     )
 
 

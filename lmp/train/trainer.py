@@ -25,7 +25,7 @@ from lmp.parallel.ulysses import UlyssesAttention
 from lmp.scaling.flops import hardware_flops, peak_tflops, train_flops
 from lmp.train import checkpoint
 from lmp.train.checkpoint import Progress
-from lmp.train.data import check_same_stream, data_facts, load_index, plan_settings, stream_change
+from lmp.train.data import check_same_stream, data_facts, load_index, model_shape, plan_settings, stream_change
 from lmp.train.engine import Engine, learning_rate
 from lmp.train.health import health_word, stop_requests
 from lmp.train.metrics import Recorder
@@ -282,9 +282,7 @@ def attention_of(config: Config, device: torch.device) -> ChosenAttention:
 
 def model_config(config: Config, index: FilmIndex) -> LmpConfig:
     """The model's configuration: its shape from the run, its modalities from the data set."""
-    shape = config.model.model_dump()
-    modalities = {name: {"tokens": m.tokens, "width": m.width} for name, m in index.modalities.items()}
-    return LmpConfig(modalities=modalities, contrastive_loss=config.objectives.loss, **shape)
+    return model_shape(config, {name: {"tokens": m.tokens, "width": m.width} for name, m in index.modalities.items()})
 
 
 def _memory_gib(device: torch.device) -> float:
