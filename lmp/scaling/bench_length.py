@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from lmp.parallel.memory import apply_memory
 from lmp.parallel.memory_settings import MemorySettings
 from lmp.scaling.bench_clock import StepSettings, forget_unused, peak_bytes
 from lmp.scaling.bench_subjects import own_encoder
+from lmp.scaling.planner import bisect
 
 SEGMENT = {"cpu": 64, "cuda": 8192}
 """Tokens of the segments that a long row is made of: memory is that of one segment, the time is not."""
@@ -65,7 +65,7 @@ def longest_sequence(settings: StepSettings, mode: str) -> dict[str, Any]:
         peak = peaks[units]
         return peak is not None and (budget is None or peak <= budget)
 
-    most, over = bisect(fits)
+    most, over = bisect(fits, to=16)
     half = most // 2
     slope = None
     if half and fits(half):
@@ -82,17 +82,6 @@ def longest_sequence(settings: StepSettings, mode: str) -> dict[str, Any]:
         "segment": unit,
         "budget_bytes": budget,
     }
-
-
-def bisect(fits: Callable[[int], bool]) -> tuple[int, int]:
-    """The largest number that fits and the smallest found not to, to 6 %; `fits` is monotone and fits(0) holds."""
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low, high
 
 
 class _Encoder:

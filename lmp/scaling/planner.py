@@ -219,13 +219,24 @@ def longest_pack(setting: Setting, choice: Choice) -> int:
         longer = replace(choice, pack_shots=units * choice.sequence)
         return _too_large(setting, predict_memory(job, longer)) is None
 
+    return bisect(fits, to=256, limit=LONGEST // choice.sequence)[0] * choice.sequence
+
+
+def bisect(fits: Callable[[int], bool], *, to: int, limit: int | None = None) -> tuple[int, int]:
+    """The largest number that fits and the smallest found not to.
+
+    Args:
+        fits: monotone; fits(0) holds.
+        to: they may lie a share of 1 / to apart.
+        limit: doubling ends beyond it.
+    """
     low, high = 0, 1
-    while high * choice.sequence <= LONGEST and fits(high):
+    while (limit is None or high <= limit) and fits(high):
         low, high = high, 2 * high
-    while high - low > max(1, low // 256):
+    while high - low > max(1, low // to):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * choice.sequence
+    return low, high
 
 
 def step_time(setting: Setting, job: Job, choice: Choice) -> tuple[dict[str, float], float, float]:

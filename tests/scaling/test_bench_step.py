@@ -19,9 +19,10 @@ from lmp.cli import main
 from lmp.model.attention import attention
 from lmp.model.backends import BACKENDS
 from lmp.scaling import bench_attention
-from lmp.scaling.bench_length import bisect, modes
+from lmp.scaling.bench_length import modes
 from lmp.scaling.bench_step import PARTS, settings_of
 from lmp.scaling.bench_subjects import OWN, PEERS, Shape, make_subjects, step_flops
+from lmp.scaling.planner import bisect
 
 SMALL = [
     *("--quick", "--device=cpu", "--width=32", "--heads=2", "--layers=2", "--lengths=32,64", "--tokens=64"),
@@ -108,7 +109,7 @@ def test_encoders_have_the_same_size_and_see_the_whole_sequence_both_ways() -> N
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 63, 64, 1000])
 def test_bisection_finds_the_limit(limit: int) -> None:
-    most, over = bisect(lambda n: n <= limit)
+    most, over = bisect(lambda n: n <= limit, to=16)
     assert most <= limit < over and over - most <= max(1, limit // 16)
 
 
