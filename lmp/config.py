@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,8 @@ from lmp.errors import UserError
 from lmp.objectives.settings import ObjectivesConfig
 from lmp.parallel.deepspeed_config import DeepSpeedSettings, deepspeed_faults, merge
 from lmp.parallel.memory_settings import Checkpointing, MemorySettings
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -190,17 +192,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: naming every fault at once.
     """
-    path = Path(path)
-    raw = merge(_read(path, seen=()), _parse_overrides(overrides))
-    return validate(raw, source=str(path))
+    return validate(read_raw(path, overrides), source=str(path))
+
+
+def read_raw(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file with what it extends, and the `a.b=c` overrides laid over it; nothing is validated.
+
+    Raises:
+        UserError: no such file, no YAML, an override of another form.
+    """
+    return merge(_read(Path(path), seen=()), _parse_overrides(overrides))
 
 
 def validate(raw: Mapping[str, Any], *, source: str) -> Config:
     """Turn a mapping into a Config, or report all its faults."""
-    config, faults = _build(raw)
+    config, faults = build(Config, raw)
     if config is not None:
         faults += contradictions(config)
-    _raise_faults(faults, source)
+    raise_faults(faults, source)
     assert config is not None
     return config
 
@@ -231,10 +240,10 @@ def check_run(
     known = list(modalities)
     wanted = {"model.target": [config.model.target], "model.sources": config.model.sources or []}
     for key, names in wanted.items():
-        faults += [f"{key}: {_unknown(name, known, 'modality of the data set')}" for name in names if name not in known]
+        faults += [f"{key}: {unknown(name, known, 'modality of the data set')}" for name in names if name not in known]
     if len(known) < 2:
         faults.append(f"the data set has only {known}: reconstruction needs a target and at least one source")
-    _raise_faults(faults, source)
+    raise_faults(faults, source)
 
 
 def contradictions(config: Config) -> list[str]:
@@ -341,37 +350,42 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
-def _build(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Validate; keys at fault are set aside, so that contradictions among the rest are seen too."""
+def build(schema: type[S], raw: Mapping[str, Any]) -> tuple[S | None, list[str]]:
+    """Validate; keys at fault are set aside, so that contradictions among the rest can be seen too.
+
+    Returns:
+        what could be built (None: nothing), and every fault with its key.
+    """
     try:
-        return Config.model_validate(raw), []
+        return schema.model_validate(raw), []
     except ValidationError as error:
         problems = error.errors()
-    faults = [_describe(problem["loc"], problem["type"], problem["msg"]) for problem in problems]
+    faults = [_describe(schema, problem["loc"], problem["type"], problem["msg"]) for problem in problems]
     rest = merge({}, raw)
     for problem in problems:
         _drop(rest, problem["loc"])
     try:
-        return Config.model_validate(rest), faults
+        return schema.model_validate(rest), faults
     except ValidationError:
         return None, faults
 
 
-def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
+def _describe(schema: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
     key = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
         return f"{key}: {message[0].lower()}{message[1:]}"
-    section = _section_at(location[:-1])
-    return f"{key}: {_unknown(str(location[-1]), list(section.model_fields), 'key')}"
+    section = _section_at(schema, location[:-1])
+    return f"{key}: {unknown(str(location[-1]), list(section.model_fields), 'key')}"
 
 
-def _unknown(name: str, known: list[str], what: str) -> str:
+def unknown(name: str, known: Sequence[str], what: str) -> str:
+    """Says that a name is not known, and the nearest that is."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"no such {what}" + (f", did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
 
 
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _section_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    section = schema
     for part in location:
         if isinstance(part, int):
             continue
@@ -393,10 +407,16 @@ def _drop(raw: dict[str, Any], location: tuple[int | str, ...]) -> None:
     holder.pop(name, None)
 
 
-def _raise_faults(faults: list[str], source: str) -> None:
+def raise_faults(
+    faults: Sequence[str],
+    source: str,
+    *,
+    remedy: str = "mend the file or the override (`lmp config keys` lists every key)",
+) -> None:
+    """Raise one UserError that tells them all, if there are any."""
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UserError(
             f"{source}: {count}: " + "; ".join(faults),
-            remedy="mend the file or the override (`lmp config keys` lists every key)",
+            remedy=remedy,
         )
