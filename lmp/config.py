@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lmp.cluster import ClusterConfig, cluster_faults
 from lmp.errors import UserError
 from lmp.objectives.settings import ObjectivesConfig
 from lmp.parallel.deepspeed_config import DeepSpeedSettings, deepspeed_faults, merge
@@ -160,6 +161,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
     def memory_settings(self) -> MemorySettings:
@@ -270,7 +272,7 @@ def contradictions(config: Config) -> list[str]:
             "train.compile=true with parallel.zero=3: ZeRO 3 gathers weights between the operations of a block "
             "(use parallel.zero=2)"
         )
-    return faults + _mixing_faults(data.train) + deepspeed_faults(config.deepspeed)
+    return faults + _mixing_faults(data.train) + deepspeed_faults(config.deepspeed) + cluster_faults(config.cluster)
 
 
 def _mixing_faults(sets: Sequence[DataSet]) -> list[str]:
@@ -302,6 +304,19 @@ def config_help() -> Iterable[tuple[str, str, str]]:
     return walk(Config, "")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without the numbers to base 60 of YAML 1.1, to which 12:00:00 is 43200."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        if ":" in node.value:
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(
@@ -313,7 +328,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in seen:
         raise UserError(f"{path}: extends itself through {seen[-1]}", remedy="remove one `extends`")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         place = f", line {where.line + 1}" if where else ""
@@ -341,7 +356,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 f"override {override!r} is not of the form a.b=c", remedy="write for example train.steps=100"
             )
         try:
-            tree = yaml.safe_load(value)
+            tree = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: the value is not valid YAML", remedy="quote it") from error
         for name in reversed(key.strip().split(".")):

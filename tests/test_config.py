@@ -104,6 +104,9 @@ def test_all_faults_at_once() -> None:
             {"parallel": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
             "parallel.deepspeed.zero_optimization.stage=3 clashes with 1",
         ),
+        ({"cluster": {"time": 2, "signal_seconds": 90}}, "cluster.time=2 with cluster.signal_seconds=90"),
+        ({"cluster": {"gpus_per_node": 2, "tasks_per_node": 4}}, "processes cannot share a GPU"),
+        ({"cluster": {"sbatch": {"--requeue": True}}}, "cluster.sbatch.--requeue: use nothing: lmp sets it"),
         ({"memory": {"offload": True}}, "memory.offload=true with memory.checkpointing=none"),
         ({"train": {"compile": True}, "parallel": {"zero": 3}}, "train.compile=true with parallel.zero=3"),
         ({"parallel": zero_offload(0, "offload_optimizer")}, "ignores it with parallel.zero=0"),
@@ -192,6 +195,24 @@ def test_overrides(tmp_path: Path) -> None:
     assert ([entry.shards for entry in config.data.train], config.data.pack_shots) == (["a", "b"], 32)
     assert (config.model.sources, config.optimizer.lr) == (None, 0.01)
     assert config.parallel.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [("90", 90), ("1:30", 2), ("12:00:00", 720), ("1-00:00:00", 1440), ("1-12", 2160), ("'00:05:00'", 5)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(tmp_path: Path, written: str, minutes: int) -> None:
+    path = write_config(tmp_path / "own.yaml", config_of(Path("shards"), cluster={"signal_seconds": 10}))
+    assert load_config(path, [f"cluster.time={written}"]).cluster.minutes == minutes
+    path.write_text(path.read_text().replace("signal_seconds", f"time: {written}\n  signal_seconds"))
+    assert load_config(path).cluster.minutes == minutes
+
+
+@pytest.mark.parametrize("written", ["0", "soon", "1:99", "-5", "true"])
+def test_a_time_limit_that_is_none(tmp_path: Path, written: str) -> None:
+    path = write_config(tmp_path / "own.yaml", config_of(Path("shards")))
+    with pytest.raises(UserError, match=r"1 fault: cluster\.time: "):
+        load_config(path, [f"cluster.time={written}"])
 
 
 @pytest.mark.parametrize(
