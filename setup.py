@@ -11,6 +11,8 @@ EXTRAS = {
     "export": ["huggingface-hub>=0.30"],
     "bench": ["litdata>=0.2.50", "torchdata>=0.11"],
     "import": ["h5py>=3.10"],
+    "features": ["h5py>=3.10", "lmdb>=1.5", "msgpack-numpy>=0.4.8", "pyarrow>=16"],
+    "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "s3": ["s3fs>=2024.6"],
     "gcs": ["gcsfs>=2024.6"],
     "http": ["aiohttp>=3.9"],
@@ -21,6 +23,8 @@ EXTRAS["dev"] = [
     *EXTRAS["report"],
     *EXTRAS["export"],
     *EXTRAS["import"],
+    *EXTRAS["features"],
+    *EXTRAS["onnx"],
     *EXTRAS["s3"],
     *EXTRAS["http"],
     "moto>=5.1",  # its server, of which `moto[server]` would bring parts for every other service too

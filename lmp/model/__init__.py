@@ -1,7 +1,6 @@
 """The model: single-device code that trains as it stands and ships as it stands.
 
-`attention.py`, `backends.py`, `configuration_lmp.py` and `modeling_lmp.py` import nothing of lmp but each other;
-copies of them are the remote code of an exported model.
+The files of this folder import nothing of lmp but each other; copies of them are the remote code of an exported model.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from .attention import Segments, attention
-from .configuration_lmp import LmpConfig
+from .configuration_lmp import LmpConfig, LmpContextualConfig, LmpCrossConfig
 from .modeling_lmp import (
     LmpForPretraining,
     LmpModel,
@@ -17,9 +16,14 @@ from .modeling_lmp import (
     LmpPreTrainedModel,
     LmpPretrainingOutput,
 )
+from .modeling_lmp_parts import LmpContextualModel, LmpCrossModel
 
 __all__ = [
     "LmpConfig",
+    "LmpContextualConfig",
+    "LmpContextualModel",
+    "LmpCrossConfig",
+    "LmpCrossModel",
     "LmpForPretraining",
     "LmpModel",
     "LmpModelOutput",
@@ -32,9 +36,11 @@ __all__ = [
 
 
 def register_auto() -> None:
-    """Make `AutoConfig`, `AutoModel` and `AutoModelForPreTraining` know model type "lmp"; idempotent."""
-    AutoConfig.register(LmpConfig.model_type, LmpConfig, exist_ok=True)
-    AutoModel.register(LmpConfig, LmpModel, exist_ok=True)
+    """Make the Auto classes of transformers know the model and its parts; idempotent."""
+    pairs = ((LmpConfig, LmpModel), (LmpContextualConfig, LmpContextualModel), (LmpCrossConfig, LmpCrossModel))
+    for config, model in pairs:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
     AutoModelForPreTraining.register(LmpConfig, LmpForPretraining, exist_ok=True)
 
 

@@ -107,6 +107,30 @@ class LmpConfig(PretrainedConfig):
         return layers[modality] if isinstance(layers, dict) else layers
 
 
+class LmpContextualConfig(LmpConfig):
+    """Shape of an `LmpContextualModel`: that of the whole model, and whose contextual transformer this is.
+
+    Raises:
+        ValueError: as LmpConfig; or there is no such modality.
+    """
+
+    model_type = "lmp_contextual"
+
+    def __init__(self, modality: str = "video", **kwargs: Any) -> None:
+        self.modality = modality
+        super().__init__(**kwargs)
+        if modality not in self.modalities:
+            raise ValueError(
+                f"LmpContextualConfig: modality {modality!r} is unknown: choose one of {list(self.modalities)}"
+            )
+
+
+class LmpCrossConfig(LmpConfig):
+    """Shape of an `LmpCrossModel`: that of the whole model."""
+
+    model_type = "lmp_cross"
+
+
 def _ordered(modalities: Mapping[str, Mapping[str, int]], order: Sequence[str] | None) -> dict[str, dict[str, int]]:
     names = list(modalities) if order is None else list(order)
     if sorted(names) != sorted(modalities):

@@ -10,7 +10,7 @@ describe the whole pack, and the function given to `set_attention` does the exch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ from .attention import (
 from .backends import resolve
 from .configuration_lmp import LmpConfig
 
+Layout = Callable[[int], tuple[Segments, Rotary]]
+"""Tokens per shot -> segments and rotations of a row of such tokens."""
 OBJECTIVES = ("masked", "alignment", "reconstruction")
 """Each has its own temperature and, with the sigmoid loss, its own bias."""
 
@@ -286,24 +288,18 @@ class LmpPreTrainedModel(PreTrainedModel):
             weight.copy_(sinusoid(place_P, weight.shape[1]))
 
 
-class LmpModel(LmpPreTrainedModel):
-    """Contextual transformers and the cross-modal transformer, without heads.
-
-    There is no dropout, and all submodules run in the same order on every call, whatever is missing.
+class LmpTrunk(LmpPreTrainedModel):
+    """What the whole trunk and its parts share: the attention function, and where shots stand.
 
     Attributes:
         attention: the function that does all attention; replace it with `set_attention`.
+        positions: the learned table; None for other positions.
     """
 
     def __init__(self, config: LmpConfig) -> None:
         super().__init__(config)
-        names = list(config.modalities)
         self.attention: Attend = attention
         self.positions = LearnedPositions(config.max_positions, config.width) if config.positions == "learned" else None
-        self.embeddings = nn.ModuleDict({name: ModalityEmbedding(config, name) for name in names})
-        self.contextual = nn.ModuleDict({name: ContextualTransformer(config, config.layers_of(name)) for name in names})
-        self.cross = CrossTransformer(config)
-        self.post_init()
 
     def set_attention(self, attend: Attend | str) -> None:
         """Use `attend` for all attention: a function with the signature and shapes of `attention.attention`, or
@@ -317,6 +313,86 @@ class LmpModel(LmpPreTrainedModel):
             head_dim = self.config.width // self.config.heads
             attend = resolve(attend, device=self.device, dtype=self.dtype, head_dim=head_dim)
         self.attention = attend
+
+    def _layout(
+        self,
+        shape: torch.Size,
+        device: torch.device,
+        *,
+        lengths: Sequence[int] | None,
+        positions: Tensor | None,
+        times: Tensor | None,
+    ) -> tuple[Tensor | None, Layout]:
+        """For features of `shape` [P] or [B, S]: what is added to every shot [P, D], and segments and rotations by the
+        tokens of a shot."""
+        if len(shape) == 2:
+            if lengths is not None:
+                raise ValueError("lengths describe packed rows [P, ...]; a dense batch [B, S, ...] has its own")
+            lengths = (shape[1],) * shape[0]
+        lengths = tuple(lengths) if lengths is not None else tuple(shape)
+        position_P = self._positions(positions, lengths, shape, device)
+        angle_PC = self._angles(position_P, times, shape)
+        layouts: dict[int, tuple[Segments, Rotary]] = {}
+
+        def layout(tokens: int) -> tuple[Segments, Rotary]:
+            if tokens not in layouts:
+                segments = Segments.from_lengths(lengths, device=device, tokens_per_shot=tokens)
+                layouts[tokens] = segments, rotary_of(angle_PC, tokens)
+            return layouts[tokens]
+
+        return self._added_positions(position_P), layout
+
+    def _positions(
+        self, positions: Tensor | None, lengths: tuple[int, ...], shape: torch.Size, device: torch.device
+    ) -> Tensor:
+        if positions is not None:
+            if positions.shape != shape:
+                raise ValueError(f"positions have shape {tuple(positions.shape)}, features have {tuple(shape)}")
+            return positions.flatten()
+        if sum(lengths) != shape.numel():
+            raise ValueError(
+                f"lengths hold {sum(lengths)} shots, features hold {shape.numel()}: "
+                "correct the lengths, or pass positions if this is a share of the pack"
+            )
+        if self.positions is not None and max(lengths) > self.config.max_positions:
+            raise ValueError(
+                f"a segment of {max(lengths)} shots exceeds max_positions {self.config.max_positions}: "
+                "cut it, or use a model with other positions"
+            )
+        return places(lengths, device)
+
+    def _added_positions(self, position_P: Tensor) -> Tensor | None:
+        if self.positions is not None:
+            return self.positions(position_P)
+        if self.config.positions == "sinusoidal":
+            return sinusoid(position_P, self.config.width).to(self.dtype)
+        return None
+
+    def _angles(self, position_P: Tensor, times: Tensor | None, shape: torch.Size) -> Tensor | None:
+        head_width = self.config.width // self.config.heads
+        if self.config.positions == "rope":
+            return rotation_angles(position_P, head_width, base=self.config.rope_base)
+        if self.config.positions == "time_rope":
+            if times is None or times.shape != shape:
+                found = None if times is None else tuple(times.shape)
+                raise ValueError(f"positions 'time_rope' need times of shape {tuple(shape)}, got {found}")
+            return rotation_angles(times.flatten(), head_width, base=self.config.rope_base)
+        return None
+
+
+class LmpModel(LmpTrunk):
+    """Contextual transformers and the cross-modal transformer, without heads.
+
+    There is no dropout, and all submodules run in the same order on every call, whatever is missing.
+    """
+
+    def __init__(self, config: LmpConfig) -> None:
+        super().__init__(config)
+        names = list(config.modalities)
+        self.embeddings = nn.ModuleDict({name: ModalityEmbedding(config, name) for name in names})
+        self.contextual = nn.ModuleDict({name: ContextualTransformer(config, config.layers_of(name)) for name in names})
+        self.cross = CrossTransformer(config)
+        self.post_init()
 
     def forward(
         self,
@@ -342,75 +418,31 @@ class LmpModel(LmpPreTrainedModel):
         Raises:
             ValueError: names, shapes or lengths that do not fit the configuration or each other.
         """
-        features, valid, masked = complete_inputs(self.config, features, valid, masked)
+        features, valid, masked = complete_inputs(self.config.modalities, features, valid, masked)
         shape = next(iter(features.values())).shape[:-2]
-        if len(shape) == 2:
-            if lengths is not None:
-                raise ValueError("lengths describe packed rows [P, ...]; a dense batch [B, S, ...] has its own")
-            lengths = (shape[1],) * shape[0]
-        lengths = tuple(lengths) if lengths is not None else tuple(shape)
         device = next(iter(features.values())).device
-        position_P = self._positions(positions, lengths, shape, device)
-        angle_PC = self._angles(position_P, times, shape)
-        position_PD = self._added_positions(position_P)
-        layouts: dict[int, tuple[Segments, Rotary]] = {}
-
-        def layout(tokens: int) -> tuple[Segments, Rotary]:
-            if tokens not in layouts:
-                segments = Segments.from_lengths(lengths, device=device, tokens_per_shot=tokens)
-                layouts[tokens] = segments, rotary_of(angle_PC, tokens)
-            return layouts[tokens]
-
+        position_PD, layout = self._layout(shape, device, lengths=lengths, positions=positions, times=times)
         contextual = {}
         for name, spec in self.config.modalities.items():
             feature_PKI = features[name].flatten(0, -3)
             token_PKD = self.embeddings[name](feature_PKI, valid[name].flatten(), masked[name].flatten(), position_PD)
             contextual[name] = self.contextual[name](token_PKD, *layout(spec["tokens"]), self.attention)
-        source_PND = torch.cat([contextual[name] for name in self.config.sources], dim=1)
-        query, source = layout(self.cross.target_tokens), layout(source_PND.shape[1])
-        segments, rotary = (query[0], source[0]), (query[1], source[1])
-        cross = self.cross(source_PND, position_PD, segments, rotary, self.attention)
+        cross = read_sources(
+            self.cross, [contextual[name] for name in self.config.sources], position_PD, layout, self.attention
+        )
         return LmpModelOutput(
             contextual={name: token_PKD.unflatten(0, shape) for name, token_PKD in contextual.items()},
             cross=cross.unflatten(0, shape),
         )
 
-    def _positions(
-        self, positions: Tensor | None, lengths: tuple[int, ...], shape: torch.Size, device: torch.device
-    ) -> Tensor:
-        if positions is not None:
-            if positions.shape != shape:
-                raise ValueError(f"positions have shape {tuple(positions.shape)}, features have {tuple(shape)}")
-            return positions.flatten()
-        if sum(lengths) != shape.numel():
-            raise ValueError(
-                f"lengths hold {sum(lengths)} shots, features hold {shape.numel()}: "
-                "correct the lengths, or pass positions if this is a share of the pack"
-            )
-        if self.positions is not None and max(lengths) > self.config.max_positions:
-            raise ValueError(
-                f"a segment of {max(lengths)} shots exceeds max_positions {self.config.max_positions}: "
-                "cut it, or use a model with other positions"
-            )
-        return places(lengths, device)
 
-    def _added_positions(self, position_P: Tensor) -> Tensor | None:
-        if self.positions is not None:
-            return self.positions(position_P)
-        if self.config.positions == "sinusoidal":
-            return sinusoid(position_P, self.config.width).to(self.cross.query.dtype)
-        return None
-
-    def _angles(self, position_P: Tensor, times: Tensor | None, shape: torch.Size) -> Tensor | None:
-        head_width = self.config.width // self.config.heads
-        if self.config.positions == "rope":
-            return rotation_angles(position_P, head_width, base=self.config.rope_base)
-        if self.config.positions == "time_rope":
-            if times is None or times.shape != shape:
-                found = None if times is None else tuple(times.shape)
-                raise ValueError(f"positions 'time_rope' need times of shape {tuple(shape)}, got {found}")
-            return rotation_angles(times.flatten(), head_width, base=self.config.rope_base)
-        return None
+def read_sources(
+    cross: CrossTransformer, sources: Sequence[Tensor], position_PD: Tensor | None, layout: Layout, attend: Attend
+) -> Tensor:
+    """The cross-modal transformer over the sources' contextual tokens, each [P, K, D] -> [P, K of the target, D]."""
+    source_PND = torch.cat(list(sources), dim=1)
+    query, source = layout(cross.target_tokens), layout(source_PND.shape[1])
+    return cross(source_PND, position_PD, (query[0], source[0]), (query[1], source[1]), attend)
 
 
 class LmpForPretraining(LmpPreTrainedModel):
@@ -447,7 +479,7 @@ class LmpForPretraining(LmpPreTrainedModel):
         masked: dict[str, Tensor] | None = None,
     ) -> LmpPretrainingOutput:
         """Arguments and errors as `LmpModel.forward`."""
-        features, valid, masked = complete_inputs(self.config, features, valid, masked)
+        features, valid, masked = complete_inputs(self.config.modalities, features, valid, masked)
         out = self.lmp(features, valid, lengths=lengths, positions=positions, times=times, masked=masked)
         return LmpPretrainingOutput(
             contextual=out.contextual,
@@ -473,17 +505,17 @@ Inputs = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 def complete_inputs(
-    config: LmpConfig,
+    modalities: Mapping[str, Mapping[str, int]],
     features: dict[str, Tensor],
     valid: dict[str, Tensor] | None,
     masked: dict[str, Tensor] | None,
 ) -> Inputs:
     """Check features, valid and masked, and fill in every modality, in the configuration's order."""
     if not features:
-        raise ValueError(f"features are empty: give at least one of {list(config.modalities)}")
+        raise ValueError(f"features are empty: give at least one of {list(modalities)}")
     for what, tensors in (("features", features), ("valid", valid or {}), ("masked", masked or {})):
-        if unknown := [name for name in tensors if name not in config.modalities]:
-            raise ValueError(f"{what} of unknown modalities {unknown}: the model has {list(config.modalities)}")
+        if unknown := [name for name in tensors if name not in modalities]:
+            raise ValueError(f"{what} of unknown modalities {unknown}: the model has {list(modalities)}")
     like = next(iter(features.values()))
     shape = like.shape[:-2]
     if len(shape) not in (1, 2):
@@ -491,7 +523,7 @@ def complete_inputs(
     all_valid = valid or {}
     all_masked = masked or {}
     full: Inputs = ({}, {}, {})
-    for name, spec in config.modalities.items():
+    for name, spec in modalities.items():
         want = (*shape, spec["tokens"], spec["width"])
         given = name in features
         feature = features[name] if given else like.new_zeros(want)
