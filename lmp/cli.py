@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     )
     ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
     ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
+    ingest.add_argument(
+        "--leave-out", action="append", default=[], type=Path, metavar="FILE", help="ids of films to refuse, one a line"
+    )
     ingest.add_argument("--workers", type=int, default=1)
     ingest.add_argument("--overwrite", action="store_true")
     ingest.set_defaults(run=_ingest)
@@ -118,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
+    from lmp.data.leave_out import LeaveOut
     from lmp.films.ingest import expand, ingest
 
     encoders = {}
@@ -134,7 +138,10 @@ def _ingest(arguments: argparse.Namespace) -> int:
         subtitles=arguments.subtitles,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        leave_out=LeaveOut.read(arguments.leave_out),
     )
+    for film in report.refused:
+        print(f"refused {film}: it is on the list of films to leave out")
     print(f"{report.films} films, {report.shots} shots" + (f" -> {arguments.out}" if report.films else ""))
     for film, problem, remedy in report.failures:
         print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)

@@ -58,6 +58,10 @@ class DataConfig(Section):
         description="folders or URLs of shards; instead of a path also {shards: PATH, weight: W}, its share of the "
         "shots, or {shards: PATH, passes: N}, how often an epoch shows each film",
     )
+    leave_out: list[str] = Field(
+        default_factory=list,
+        description="files of ids, one a line: films with such a key or id in their record are never shown",
+    )
     pack_shots: int = Field(256, ge=1, description="P: shots in one packed row")
     packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, whatever the number of processes")
     window_shots: int | None = Field(None, ge=1, description="longest window; null: a whole film up to pack_shots")

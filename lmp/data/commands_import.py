@@ -54,6 +54,14 @@ def register(data: Any) -> None:
     )
     imports.add_argument("--encoders", type=Path, metavar="FILE.json", help="NAME -> what made the features")
     imports.add_argument("--allow-missing", action="store_true", help="mark what is missing as invalid")
+    imports.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="ids of films not to import, one a line",
+    )
     imports.add_argument("--films-per-shard", type=int, default=64)
     imports.add_argument("--overwrite", action="store_true")
     imports.set_defaults(run=_import)
@@ -79,6 +87,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     from lmp.data.import_tars import FILM_PATTERN, Feature, Naming, import_tars
     from lmp.data.imports import ShotLists, Target, import_films
+    from lmp.data.leave_out import LeaveOut
 
     features = _named_sources(arguments.feature)
     _check_local(
@@ -95,6 +104,7 @@ def _import(arguments: argparse.Namespace) -> int:
         allow_missing=arguments.allow_missing,
         films_per_shard=arguments.films_per_shard,
         overwrite=arguments.overwrite,
+        leave_out=LeaveOut.read(arguments.leave_out),
     )
     shots = ShotLists(arguments.shots, arguments.fps, _read_list) if arguments.shots is not None else None
     if arguments.tars:
@@ -106,6 +116,8 @@ def _import(arguments: argparse.Namespace) -> int:
     else:
         manifest = import_films(target, {name: Path(source) for name, source in features.items()}, shots)
     print(f"{manifest['films']} films, {manifest['shots']} shots -> {arguments.out}")
+    if target.leave_out is not None:
+        print(f"{len(target.refused)} films refused, being on {', '.join(target.leave_out.files)}")
     for name, count in manifest["cleared"].items():
         if count:
             print(f"{name}: {count} shots held NaN or infinity and are marked as lacking it")

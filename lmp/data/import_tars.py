@@ -18,6 +18,7 @@ from lmp.data.arrays import KINDS, read_array, to_stored
 from lmp.data.imports import ShotLists, Target, tracked
 from lmp.data.manifest import Manifest
 from lmp.data.record import KEY_PATTERN, FilmRecord
+from lmp.data.shards import ShardWriter
 from lmp.data.tar import Sample, Tar
 from lmp.errors import UserError
 
@@ -145,7 +146,7 @@ def import_tars(
             place = f"{path}, sample {sample.key}"
             film, number = naming.of(sample, place)
             if current is not None and film != current.key:
-                writer.write(reader.film(current, naming.first, shots, target))
+                _write(writer, reader.film(current, naming.first, shots, target), target)
                 done.add(current.key)
                 current = None
             if film in done:
@@ -159,8 +160,13 @@ def import_tars(
                 raise UserError(f"{place}: is shot {number} of film {film}, as {other.place}", remedy="give it once")
             current.shots[number] = reader.shot(tar, sample, place)
         if current is not None:
-            writer.write(reader.film(current, naming.first, shots, target))
+            _write(writer, reader.film(current, naming.first, shots, target), target)
         return writer.close()
+
+
+def _write(writer: ShardWriter, film: FilmRecord, target: Target) -> None:
+    if not target.refuses(film.key, film.info):
+        writer.write(film)
 
 
 def _listed(tars: Sequence[Path]) -> list[Path]:

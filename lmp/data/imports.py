@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lmp.data.arrays import H5_KINDS, KINDS, open_h5, read_array, read_h5, to_stored
+from lmp.data.leave_out import LeaveOut
 from lmp.data.manifest import Manifest
 from lmp.data.record import KEY_PATTERN
 from lmp.data.shards import FilmRecord, ShardWriter
@@ -36,6 +37,8 @@ class Target:
         dtype: to store features in; None keeps float16 and bfloat16 and makes float16 of wider ones.
         allow_missing: what is missing is marked invalid rather than refused.
         films_per_shard, overwrite: see ShardWriter.
+        leave_out: films that are not imported.
+        refused: keys of those that were not, filled in on the way.
     """
 
     folder: Path
@@ -44,6 +47,15 @@ class Target:
     allow_missing: bool = False
     films_per_shard: int = 64
     overwrite: bool = False
+    leave_out: LeaveOut | None = None
+    refused: list[str] = field(default_factory=list)
+
+    def refuses(self, key: str, info: Mapping[str, Any] | None = None) -> bool:
+        """Whether a film is not to be imported, which is noted."""
+        refused = self.leave_out is not None and self.leave_out.names(key, info)
+        if refused:
+            self.refused.append(key)
+        return refused
 
     def writer(self) -> ShardWriter:
         """Of the new shards."""
@@ -111,10 +123,11 @@ def import_films(target: Target, features: Mapping[str, Path], shots: ShotLists)
     with ExitStack() as stack:
         sources = {name: _open_source(name, path, stack) for name, path in features.items()}
         keys = sorted({key for source in sources.values() for key in source.keys})
+        keys = [key for key in keys if not target.refuses(key)]
         _check_keys(keys, sources, target)
         widths: dict[str, torch.Tensor] = {}
         for name, source in sources.items():
-            if len(source.keys) < len(keys):
+            if not source.keys.issuperset(keys):
                 widths[name] = _tokens(source, min(source.keys), name)[:1]
         with target.writer() as writer:
             for key in tracked(keys, "importing films"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from lmp.data.cache import CachedFiles, ShardCache, cached_shard
 from lmp.data.film_slice import FilmSlice, Part, sized_columns
+from lmp.data.leave_out import LeaveOut
 from lmp.data.manifest import (
     CHECK,
     Column,
@@ -30,6 +31,7 @@ from lmp.data.storage import Files, LocalFiles, Range, ReadError, files_at, is_u
 from lmp.errors import UserError
 
 REPAIR = "restore the shard from a copy, write it again, or take the film out with `lmp data quarantine`"
+_INFOS = 4096  # records read at a time
 _TOGETHER = 4 << 20  # bytes read before they are checked, which they are while the processor's cache holds them
 
 
@@ -50,11 +52,13 @@ class FilmIndex:
         entries: the shards' lines in their manifests.
         folders: locations of the folders.
         manifests: one per folder.
+        left_out: what `leave_out` dropped: files, ids, digest of the ids, films, shots; None without such a list.
     """
 
     def __init__(self, folders: list[str], manifests: list[Manifest], cache: ShardCache | None = None) -> None:
         """Use FilmIndex.load."""
         self.folders, self.manifests = folders, manifests
+        self.left_out: dict[str, Any] | None = None
         self.modalities = modalities_from_json(manifests[0]["modalities"])
         self._sized = sized_columns(tuple(self.modalities.values()))
         self.columns = [column for column, _ in self._sized]
@@ -94,7 +98,12 @@ class FilmIndex:
 
     @classmethod
     def load(
-        cls, folders: Path | str | Sequence[Path | str], *, check_sizes: bool = True, cache: ShardCache | None = None
+        cls,
+        folders: Path | str | Sequence[Path | str],
+        *,
+        check_sizes: bool = True,
+        cache: ShardCache | None = None,
+        leave_out: LeaveOut | None = None,
     ) -> FilmIndex:
         """Read the manifests and indexes; no feature is read.
 
@@ -102,10 +111,11 @@ class FilmIndex:
             folders: one folder of shards (a path or URL), or several taken together.
             check_sizes: compare every shard's size with its manifest; False is for verify() on damaged data.
             cache: read shards through copies of them on a disk of this node.
+            leave_out: films that are not to be among them; for these every film's record is read.
 
         Raises:
             UserError: a folder, manifest, index or shard is missing or damaged; the modalities of two folders
-                differ; a key occurs twice; every film is quarantined.
+                differ; a key occurs twice; every film is quarantined or left out.
         """
         listed = [normal(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
         if not listed:
@@ -123,6 +133,8 @@ class FilmIndex:
             )
         if not len(index):
             raise UserError(f"every film of {', '.join(listed)} is quarantined", remedy="give other shards")
+        if leave_out is not None:
+            index._drop(leave_out)
         return index
 
     def __len__(self) -> int:
@@ -130,16 +142,27 @@ class FilmIndex:
 
     def info(self, film: int) -> dict[str, Any]:
         """The film's KEY.json."""
-        offset, size, crc32 = self._info_F3[film].tolist()
-        buffer = bytearray(size)
-        wanted = Range(self.shards[self.shard_of[film]], offset, memoryview(buffer), (film, "info"))
-        self._read([wanted])
-        if _known(crc32) is not None and zlib.crc32(buffer) != crc32:
-            raise UserError(f"{self.place(film, 'info')}: the bytes are not those written", remedy=REPAIR)
-        try:
-            return json.loads(buffer)
-        except ValueError as error:
-            raise UserError(f"{self.place(film, 'info')} is not JSON", remedy=REPAIR) from error
+        return self.infos([film])[0]
+
+    def infos(self, films: Sequence[int]) -> list[dict[str, Any]]:
+        """As `info`, of several films; what is far away is asked for at once."""
+        buffers = [bytearray(int(self._info_F3[film, 1])) for film in films]
+        self._read(
+            [
+                Range(self.shards[self.shard_of[film]], int(self._info_F3[film, 0]), memoryview(buffer), (film, "info"))
+                for film, buffer in zip(films, buffers, strict=True)
+            ]
+        )
+        found = []
+        for film, buffer in zip(films, buffers, strict=True):
+            crc32 = int(self._info_F3[film, 2])
+            if _known(crc32) is not None and zlib.crc32(buffer) != crc32:
+                raise UserError(f"{self.place(film, 'info')}: the bytes are not those written", remedy=REPAIR)
+            try:
+                found.append(json.loads(buffer))
+            except ValueError as error:
+                raise UserError(f"{self.place(film, 'info')} is not JSON", remedy=REPAIR) from error
+        return found
 
     def read(self, film: int, start: int, stop: int) -> FilmSlice:
         """Shots [start, stop) of a film; reads just those rows.
@@ -251,6 +274,32 @@ class FilmIndex:
     def place(self, film: int, what: str) -> str:
         """How messages name a part of a film."""
         return f"{self.shards[self.shard_of[film]]}, film {self.keys[film]}, {what}"
+
+    def _drop(self, leave_out: LeaveOut) -> None:
+        """Take out the films that the list names, by key or record; the digest then names what is left."""
+        kept = np.ones(len(self), dtype=bool)
+        for first in range(0, len(self), _INFOS):
+            films = range(first, min(first + _INFOS, len(self)))
+            for film, info in zip(films, self.infos(films), strict=True):
+                kept[film] = not leave_out.names(self.keys[film], info)
+        dropped = [self.keys[film] for film in np.flatnonzero(~kept).tolist()]
+        self.left_out = {
+            "files": list(leave_out.files),
+            "ids": len(leave_out.ids),
+            "digest": leave_out.digest,
+            "films": len(dropped),
+            "shots": int(self.shots[~kept].sum()),
+        }
+        if not kept.any():
+            raise UserError(
+                f"every film of {', '.join(self.folders)} is left out by {', '.join(leave_out.files)}",
+                remedy="give other shards, or a shorter list",
+            )
+        if dropped:
+            self.digest = hashlib.sha256("\n".join([self.digest, "without", *dropped]).encode()).hexdigest()
+            self.keys = [self.keys[film] for film in np.flatnonzero(kept).tolist()]
+            for name in ("shots", "shard_of", "folder_of", "_offset_FC", "_crc32_FC", "_info_F3", "_salt_F"):
+                setattr(self, name, getattr(self, name)[kept])
 
     def _check_range(self, film: int, start: int, stop: int) -> None:
         if not 0 <= start < stop <= self.shots[film]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from lmp.data.leave_out import LeaveOut
 from lmp.data.shards import FilmRecord, ShardWriter
 from lmp.errors import UserError
 from lmp.films.encoders import Encoder, build_encoders
@@ -55,10 +56,12 @@ class IngestReport:
     Attributes:
         films, shots: written.
         failures: film, what is wrong with it, what to do; in order of the input.
+        refused: films on the list of those to leave out.
     """
 
     films: int = 0
     shots: int = 0
+    refused: list[Path] = field(default_factory=list)
     failures: list[tuple[Path, str, str]] = field(default_factory=list)
 
 
@@ -128,6 +131,7 @@ def ingest(
     workers: int = 1,
     films_per_shard: int = 64,
     overwrite: bool = False,
+    leave_out: LeaveOut | None = None,
     progress: bool = True,
 ) -> IngestReport:
     """Turn films into shards of shot features.
@@ -145,15 +149,20 @@ def ingest(
         workers: processes; with 1 the work is done in this one.
         films_per_shard: films in a tar file.
         overwrite: replace shards that `out` holds.
+        leave_out: films that are refused, by their file's name (without suffix) or key.
         progress: show a progress bar.
 
     Raises:
         UserError: films that are not there or share a key, an unknown encoder, a folder `out` in use.
     """
-    jobs = _jobs(expand(films), shot_lists, subtitles, workers)
+    report = IngestReport()
+    wanted = []
+    for film in expand(films):
+        refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
+        (report.refused if refused else wanted).append(film)
+    jobs = _jobs(wanted, shot_lists, subtitles, workers)
     described = {name: encoder.describe() for name, encoder in build_encoders(encoders).items()}
     writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
-    report = IngestReport()
     try:
         with Progress(disable=not progress) as bar:
             task = bar.add_task("reading films", total=len(jobs))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lmp.config import Config
 from lmp.data.cache import ShardCache
 from lmp.data.index import FilmIndex
+from lmp.data.leave_out import LeaveOut
 from lmp.data.plan import PLAN_VERSION, PlanSettings, passes_for_shares
 from lmp.data.stream import Cursor, Stream
 from lmp.errors import UserError
@@ -20,14 +21,15 @@ from lmp.parallel.mesh import Mesh
 
 
 def load_index(config: Config) -> FilmIndex:
-    """The films of data.train.
+    """The films of data.train but those of data.leave_out.
 
     Raises:
-        UserError: shards are missing or damaged.
+        UserError: shards or lists are missing or damaged.
     """
     cache = config.data.cache
     kept = ShardCache(Path(cache.folder), int(cache.gib * 2**30)) if cache.folder else None
-    return FilmIndex.load([entry.shards for entry in config.data.train], cache=kept)
+    leave_out = LeaveOut.read(config.data.leave_out)
+    return FilmIndex.load([entry.shards for entry in config.data.train], cache=kept, leave_out=leave_out)
 
 
 def plan_settings(config: Config, index: FilmIndex) -> PlanSettings:
@@ -68,6 +70,7 @@ def data_facts(index: FilmIndex, settings: PlanSettings) -> dict[str, Any]:
         "plan": _plan_facts(settings),
         "films": len(index),
         "shots": int(index.shots.sum()),
+        "left_out": index.left_out,
         "encoders": encoders,
         "modalities": _modality_facts(index),
     }
@@ -88,6 +91,9 @@ def stream_change(facts: dict[str, Any], index: FilmIndex, settings: PlanSetting
             remedy="give shards of the same encoders",
         )
     if facts["digest"] != index.digest:
+        left, leaves = _left_films(facts.get("left_out")), _left_films(index.left_out)
+        if left != leaves:
+            return f"left out {left}, data.leave_out now leaves out {leaves}"
         return f"was trained on other data (digest {facts['digest'][:12]}, now {index.digest[:12]})"
     if facts["plan_version"] != PLAN_VERSION:
         return f"follows version {facts['plan_version']} of the plan, this lmp makes version {PLAN_VERSION}"
@@ -113,6 +119,12 @@ def check_same_stream(index: FilmIndex, stream: Stream, cursor: Cursor, mesh: Me
             f"step {found[differing[0]][1]}; rank 0: {found[0][0][:12]}, {found[0][1]})",
             remedy="give every node the same shards and the same version of lmp and NumPy",
         )
+
+
+def _left_films(left_out: dict[str, Any] | None) -> str:
+    if left_out is None:
+        return "no films"
+    return f"{left_out['films']} films by {left_out['ids']} ids (digest {left_out['digest'][:12]})"
 
 
 def _plan_facts(settings: PlanSettings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
 from lmp.data.index import FilmIndex
+from lmp.data.leave_out import LeaveOut
 from lmp.data.verify import verify
 from lmp.errors import UserError
 from lmp.films import ingest as room
@@ -60,6 +61,13 @@ def test_given_lists_are_followed(films: Path, tmp_path: Path) -> None:
     assert index.keys == ["film-0000"]
     assert index.read(0, 0, 2).shots_N2.tolist() == [[0, 1000], [1000, 3333]]
     assert [path.name for path, _, _ in report.failures] == ["film-0001.mp4", "film-0002.mp4"]
+
+
+def test_films_on_the_list_are_refused(films: Path, tmp_path: Path) -> None:
+    leave_out = LeaveOut(frozenset({"film-0000", "film-0002"}), ("test.txt",))
+    report = ingest([films], tmp_path / "out", encoders=SIGNAL, leave_out=leave_out, progress=False)
+    assert [path.stem for path in report.refused] == ["film-0000", "film-0002"]
+    assert FilmIndex.load(tmp_path / "out").keys == ["film-0001"]
 
 
 def test_broken_films_and_subtitles_are_reported(films: Path, tmp_path: Path) -> None:
