@@ -156,7 +156,7 @@ def ingest(
         UserError: films that are not there or share a key, an unknown encoder, a folder `out` in use.
     """
     report = IngestReport()
-    wanted = []
+    wanted: list[Path] = []
     for film in expand(films):
         refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
         (report.refused if refused else wanted).append(film)
