@@ -17,20 +17,27 @@
 #   LMP_PREFLIGHT=1             0: none
 #   LMP_PREFLIGHT_ROUNDS=5      how often one job may be sent back for bad nodes
 #   LMP_PREFLIGHT_LIMIT=300     seconds after which a silent node is bad
+#   LMP_PREFLIGHT_SRUN=         further arguments of srun, split at blanks, such as those of a container
 #   LMP_PREFLIGHT_SHM_GIB ...   floors; `python -m lmp.scaling.preflight floors` lists them with their defaults
 #
 # shellcheck disable=SC2016 # the inner scripts are expanded on the nodes
 
 preflight_say() { echo "$(date '+%Y-%m-%dT%H:%M:%S%z') preflight: $*"; }
 
+# The id by which SLURM's commands mean this job alone: an array's own id would mean all its elements.
+preflight_job() {
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "$SLURM_JOB_ID"; fi
+}
+
 preflight_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
 # STAGE ARGUMENT...: one task on each node; prints what the tasks print.
 preflight_stage() {
   # A task that cannot start Python still gives a verdict; a node that cannot start a task gives none.
+  # shellcheck disable=SC2086
   timeout --kill-after=10 "${LMP_PREFLIGHT_LIMIT:-300}" \
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    --kill-on-bad-exit=0 --wait=0 --unbuffered \
+    --kill-on-bad-exit=0 --wait=0 --unbuffered ${LMP_PREFLIGHT_SRUN:-} \
     bash -c '"$0" -m lmp.scaling.preflight "$@" || echo "PREFLIGHT bad $SLURMD_NODENAME python: exit code $?"' \
     "${LMP_PYTHON:-python}" "$@" </dev/null 2>&1
 }
@@ -59,7 +66,7 @@ preflight_enough_left() {
 
 # The value of KEY in the controller's record of this job, empty for "(null)".
 preflight_job_field() {
-  scontrol show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | grep -v '^(null)$'
+  scontrol show job -o "$(preflight_job)" | tr ' ' '\n' | sed -n "s/^$1=//p" | grep -v '^(null)$'
 }
 
 # "NODE REASON" lines: send the job back without those nodes. Ends the script.
@@ -89,12 +96,12 @@ preflight_leave_out() {
   # A requeue sends SIGTERM to this script. The excluded nodes of a job can be changed only while it is pending, and
   # it cannot start again before this script has ended.
   trap '' TERM
-  if ! scontrol requeue "$SLURM_JOB_ID"; then
+  if ! scontrol requeue "$(preflight_job)"; then
     preflight_say "stopped: the job cannot be requeued"
     exit 3
   fi
   for try in 1 2 3 4 5 6 7 8 9 10; do
-    if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(printf '%s\n' "${excluded[@]}" | sort -u | paste -sd, -)"; then
+    if scontrol update JobId="$(preflight_job)" ExcNodeList="$(printf '%s\n' "${excluded[@]}" | sort -u | paste -sd, -)"; then
       preflight_say "requeued without ${excluded[*]} (try $try)"
       exit 0
     fi
