@@ -3,41 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lmp.model import LmpConfig
 from tools._parity import TOLERANCE, Proof
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model comes from; also the head of fingerprint.json.
-
-    Attributes:
-        run: name of the run folder.
-        step: optimizer steps made.
-        finished: whether the run was finished.
-        shots_seen: shots that training went over, repeats counted.
-        data_digest: digest of the training shards.
-        config_sha256: of the run's config.yaml.
-        commit: of the code that trained; None if unknown.
-        changed: whether the checkout differed from that commit.
-        lmp: version that trained.
-        license: of the exported weights.
-    """
-
-    run: str
-    step: int
-    finished: bool
-    shots_seen: int | None
-    data_digest: str
-    config_sha256: str
-    commit: str | None
-    changed: bool
-    lmp: str | None
-    license: str
-
+from tools._source import CROSS_MODAL, Origin, Source
 
 CARD = """---
 library_name: transformers
@@ -55,7 +25,7 @@ tags:
 A long-range multimodal model of films: for each shot it takes features of frozen base encoders and gives
 tokens that know the whole window of shots around it. Pretrained with lmp by masked shot modelling, alignment
 of modalities and cross-modal reconstruction, after "Long-range Multimodal Pretraining for Movie
-Understanding" (ICCV 2023). {heads}
+Understanding" (ICCV 2023). {what}
 
 ## Load
 
@@ -64,13 +34,10 @@ import torch
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("FOLDER", trust_remote_code=True).eval()
-features = {example}  # NAME -> [shots, tokens, width]
-output = model(features, lengths=[8]{times})
-# output.contextual: NAME -> [shots, tokens, {width}]; output.cross: [shots, {target_tokens}, {width}]
+{example}
 ```
 
-A modality that is left out, or a shot where `valid[NAME]` is False, counts as missing and is replaced by a
-learned token. Several segments may lie end to end in one row: `lengths` gives their shots, and they do not
+{missing} Several segments may lie end to end in one row: `lengths` gives their shots, and they do not
 see each other. A dense batch [batch, shots, tokens, width] is taken as well. The remote code needs torch and
 transformers only; transformers 4.51 needs a folder name without dots.
 
@@ -90,12 +57,15 @@ transformers only; transformers 4.51 needs a folder name without dots.
 | run | {run} |
 | step | {step} ({finished}) |
 | shots seen | {shots_seen} |
+| tokens seen | {tokens_seen} |
 | training data digest | `{data_digest}` |
 | config.yaml sha256 | `{config_sha256}` |
+| checkpoint manifest sha256 | `{checkpoint_sha256}` |
 | code | lmp {lmp}, commit {commit} |
 | parameters | {parameters} |
+| films left out | {left_out} |
 
-`fingerprint.json` holds the sha256 of every tensor.
+`fingerprint.json` holds the sha256 of every tensor, and which ones are tied ({ties}).
 
 ## Checked
 
@@ -108,44 +78,127 @@ Largest difference of any output from the training model: **{difference:.3g}** (
 
 - It knows only what the base features hold, and what the training films show; scores on other kinds of film
   are unknown until measured.
-- The training films may overlap with those of a benchmark. Compare the film lists before quoting a score.
+- {overlap}
 - Features are of fixed widths, and shots must be cut as in training: another shot detector changes the input.
 - License of the weights: {license}{license_note}
 """
 
 
-def card(config: LmpConfig, origin: Origin, proof: Proof, *, encoders: Mapping[str, Any], parameters: int) -> str:
+def card(source: Source, proof: Proof, *, parameters: int) -> str:
     """The text of README.md."""
-    with_heads = "reconstructed" in proof.per_output
-    first, spec = next(iter(config.modalities.items()))
-    timed = config.positions == "time_rope"
+    config, origin = source.trained.config, source.origin
+    shown = source.preprocessing()
     commit = f"`{origin.commit}`" if origin.commit else "unknown"
     return CARD.format(
         license=origin.license,
         license_note=" (not stated by who exported it)" if origin.license == "unknown" else "",
         run=origin.run,
-        heads="With the heads of pretraining." if with_heads else "Without the heads of pretraining.",
-        auto_class="AutoModelForPreTraining" if with_heads else "AutoModel",
-        example=f'{{"{first}": torch.randn(8, {spec["tokens"]}, {spec["width"]})}}',
-        times=", times=4.0 * torch.arange(8)" if timed else "",
-        width=config.width,
-        target_tokens=config.modalities[config.target]["tokens"],
+        what=_what(source),
+        auto_class=source.auto_class,
+        example=_example(source),
+        missing=_missing(source),
         modality_rows="\n".join(
-            f"| {name} | {shape['tokens']} | {shape['width']} | {_names(encoders.get(name))} |"
-            for name, shape in config.modalities.items()
+            f"| {name} | {shape['tokens']} | {shape['width']} | {_names(shown['encoders'][name])} |"
+            for name, shape in shown["modalities"].items()
         ),
         position_note=_position_note(config),
         step=origin.step,
         finished="the run was finished" if origin.finished else "the run was NOT finished",
-        shots_seen="unknown" if origin.shots_seen is None else f"{origin.shots_seen:,}",
+        shots_seen=_count(origin.shots_seen),
+        tokens_seen=_count(origin.tokens_seen),
         data_digest=origin.data_digest,
         config_sha256=origin.config_sha256,
+        checkpoint_sha256=origin.checkpoint_sha256,
         lmp=origin.lmp or "of unknown version",
         commit=commit + (" with local changes" if origin.changed else ""),
         parameters=f"{parameters:,}",
+        ties=", ".join(f"{name} is {first}" for name, first in source.ties.items()) or "none",
+        left_out=_left_out(origin),
+        overlap=_overlap(origin),
         transformers=proof.transformers,
         difference=proof.difference,
         tolerance=TOLERANCE,
+    )
+
+
+def _what(source: Source) -> str:
+    if source.part == CROSS_MODAL:
+        return (
+            f"This is its cross-modal transformer alone: from the contextual tokens of {_and(source.config.sources)} "
+            f"it tells those of {source.config.target}."
+        )
+    if source.part is not None:
+        return f"This is its contextual transformer of {source.part} alone."
+    return "With the heads of pretraining." if source.with_heads else "Without the heads of pretraining."
+
+
+def _example(source: Source) -> str:
+    """Lines of python that run `model` on 8 shots."""
+    config = source.trained.config
+    spec = config.modalities
+    times = ", times=4.0 * torch.arange(8)" if config.positions == "time_rope" else ""
+    target_tokens = spec[config.target]["tokens"]
+    if source.part == CROSS_MODAL:
+        given = ", ".join(f'"{n}": torch.randn(8, {spec[n]["tokens"]}, {config.width})' for n in config.sources)
+        return (
+            f"contextual = {{{given}}}  # what the contextual transformers give\n"
+            f"output = model(contextual, lengths=[8]{times})\n"
+            f"# output.last_hidden_state: [shots, {target_tokens}, {config.width}]"
+        )
+    if source.part is not None:
+        shape = spec[source.part]
+        return (
+            f"features = torch.randn(8, {shape['tokens']}, {shape['width']})  # [shots, tokens, width]\n"
+            f"output = model(features, lengths=[8]{times})\n"
+            f"# output.last_hidden_state: [shots, {shape['tokens']}, {config.width}]"
+        )
+    first, shape = next(iter(spec.items()))
+    return (
+        f'features = {{"{first}": torch.randn(8, {shape["tokens"]}, {shape["width"]})}}'
+        "  # NAME -> [shots, tokens, width]\n"
+        f"output = model(features, lengths=[8]{times})\n"
+        f"# output.contextual: NAME -> [shots, tokens, {config.width}]; "
+        f"output.cross: [shots, {target_tokens}, {config.width}]"
+    )
+
+
+def _missing(source: Source) -> str:
+    if source.part == CROSS_MODAL:
+        return "Tokens of every source must be given, also where the shot lacks it."
+    if source.part is not None:
+        return "A shot where `valid` is False counts as missing and is replaced by a learned token."
+    return (
+        "A modality that is left out, or a shot where `valid[NAME]` is False, counts as missing and is replaced by a\n"
+        "learned token."
+    )
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _left_out(origin: Origin) -> str:
+    if origin.left_out is None:
+        return "none: the run had no list of films to leave out"
+    found = origin.left_out
+    return (
+        f"{found['films']:,} films, {found['shots']:,} shots, by {found['ids']:,} ids of {', '.join(found['files'])} "
+        f"(sha256 of the ids `{found['digest']}`)"
+    )
+
+
+def _overlap(origin: Origin) -> str:
+    if origin.left_out is None:
+        return (
+            "The training films may overlap with those of a benchmark. Compare the film lists before quoting a score."
+        )
+    return (
+        "Films on the lists above were left out of training, by the ids in their records. Other benchmarks' films\n"
+        "may be among the training films: compare the lists before quoting a score."
     )
 
 

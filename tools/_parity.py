@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmp.errors import UserError
-from lmp.model import LmpConfig, LmpForPretraining
 from tools import _isolated_load
+from tools._output import listed
+from tools._source import Source
 
 TOLERANCE = 1e-5
 """Largest difference of any output between the training model and the exported one."""
@@ -43,97 +42,60 @@ class Proof:
     transformers: str
 
 
-def fixed_input(config: LmpConfig) -> dict[str, Any]:
-    """Keyword arguments of a forward: two segments, with seen, masked and missing shots in every modality.
-
-    The last modality is missing in the whole first segment, the first one is hidden at that segment's end.
-    """
-    longest = config.max_positions if config.positions == "learned" else 11
-    lengths = [min(7, longest), min(11, longest)]
-    shots = sum(lengths)
-    draw = torch.Generator().manual_seed(20230818)
-    features, valid, masked = {}, {}, {}
-    for name, spec in config.modalities.items():
-        features[name] = torch.randn(shots, spec["tokens"], spec["width"], generator=draw)
-        valid[name] = torch.rand(shots, generator=draw) < 0.8
-        masked[name] = valid[name] & (torch.rand(shots, generator=draw) < 0.25)
-    names = list(config.modalities)
-    valid[names[-1]][: lengths[0]] = False
-    masked[names[-1]] &= valid[names[-1]]
-    valid[names[0]][lengths[0] - 1] = masked[names[0]][lengths[0] - 1] = True
-    times = 4.0 * torch.rand(shots, generator=draw).cumsum(0)
-    return {"features": features, "valid": valid, "masked": masked, "times": times, "lengths": lengths}
-
-
-def check_tensors(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: str) -> None:
-    """Hold stored weights against the model's parameters.
-
-    Raises:
-        UserError: naming tensors that are missing, unexpected, of another shape or type, or in shared memory.
-    """
-    faults = [f"{name} is missing" for name in wanted if name not in weights]
-    faults += [f"{name} is unexpected" for name in weights if name not in wanted]
-    for name, tensor in weights.items():
-        if name in wanted and tensor.shape != wanted[name].shape:
-            faults.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}")
-        if tensor.dtype != torch.float32:
-            faults.append(f"{name} is {tensor.dtype}, expected torch.float32")
-    faults += [f"{one} and {other} share memory" for one, other in aliases(weights)]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(
-            f"{source}: " + "; ".join(faults[:3]) + more,
-            remedy="export another step, or the checkout that trained the run",
-        )
-
-
-def aliases(weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Pairs of names whose tensors overlap in memory."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in weights.items() if t.numel())
-    return [(a[2], b[2]) for a, b in itertools.pairwise(spans) if b[0] < a[1]]
-
-
-def digests(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, str]]:
-    """NAME -> (numel, sha256 of the bytes)."""
-    return {
-        name: (tensor.numel(), hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest())
-        for name, tensor in weights.items()
-    }
-
-
-def prove(folder: Path, *, model: LmpForPretraining, prefix: str, auto_class: str) -> Proof:
+def prove(folder: Path, source: Source) -> Proof:
     """Load `folder` in a process in which lmp cannot be imported, and compare it with the training model.
 
     Args:
         folder: as written by the export.
-        model: the training model with the run's weights.
-        prefix: of the exported tensors' names in `model`: "lmp." for the trunk, "" with heads.
-        auto_class: class of transformers that loads the folder.
+        source: what was exported.
 
     Raises:
         UserError: it does not load, tensors differ, or an output differs by more than `TOLERANCE`.
     """
-    inputs = fixed_input(model.config)
-    with torch.no_grad():
-        output = (model.lmp if prefix else model).eval()(**inputs)
-    expected = dict(_isolated_load.named_tensors(output))
-    weights = {name.removeprefix(prefix): t for name, t in model.state_dict().items() if name.startswith(prefix)}
-    found, report = _run_isolated(folder, auto_class, inputs)
+    expected = dict(_isolated_load.named_tensors(source.expected))
+    found, report = _run_isolated(folder, source.auto_class, source.inputs)
     faults = [f"{key}: {', '.join(names[:3])}" for key, names in report["faults"].items()]
     loaded = {name: (numel, digest) for name, (numel, digest) in report["tensors"].items()}
-    faults += [f"tensor {name} differs" for name, digest in digests(weights).items() if loaded.get(name) != digest]
-    faults += [f"tensor {name} is unexpected" for name in loaded if name not in weights]
-    faults += [f"output {name} is missing or unexpected" for name in sorted(expected.keys() ^ found.keys())]
-    per_output = {name: largest_difference(expected[name], found[name]) for name in sorted(expected) if name in found}
-    # Written so that a difference which is not a number is a fault too.
-    faults += [f"output {name} differs by {d:.3g}" for name, d in per_output.items() if not d <= TOLERANCE]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    faults += different(source.digests, loaded)
+    per_output, more = compare(expected, found)
+    if faults := faults + more:
         raise UserError(
-            f"{folder.name}: the exported model is not the trained one: " + "; ".join(faults[:3]) + more,
+            f"{folder.name}: the exported model is not the trained one: {listed(faults)}",
             remedy="report this with the run's config.yaml; nothing was exported",
         )
     return Proof(max(per_output.values()), per_output, report["transformers"])
+
+
+def fingerprint(source: Source, differences: dict[str, float]) -> dict[str, Any]:
+    """Where weights come from, what they are, and how far what was exported is from the training model."""
+    return {
+        **asdict(source.origin),
+        "part": source.part,
+        "architecture": source.architecture,
+        "largest_difference": max(differences.values()),
+        "differences": differences,
+        "torch": torch.__version__,
+        "ties": source.ties,
+        "tensors": {name: {"numel": numel, "sha256": sha256} for name, (numel, sha256) in source.digests.items()},
+    }
+
+
+def different(wanted: Mapping[str, tuple[int, str]], found: Mapping[str, tuple[int, str]]) -> list[str]:
+    """What is wrong with tensors, by their numels and digests."""
+    faults = [f"tensor {name} is missing" for name in wanted if name not in found]
+    faults += [f"tensor {name} differs" for name, digest in wanted.items() if found.get(name, digest) != digest]
+    return faults + [f"tensor {name} is unexpected" for name in found if name not in wanted]
+
+
+def compare(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, tolerance: float = TOLERANCE
+) -> tuple[dict[str, float], list[str]]:
+    """The largest difference of each output, and what is wrong with them."""
+    faults = [f"output {name} is missing or unexpected" for name in sorted(expected.keys() ^ found.keys())]
+    per_output = {name: largest_difference(expected[name], found[name]) for name in sorted(expected) if name in found}
+    # Written so that a difference which is not a number is a fault too.
+    faults += [f"output {name} differs by {d:.3g}" for name, d in per_output.items() if not d <= tolerance]
+    return per_output, faults
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

@@ -17,83 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmp.errors import UserError
-from lmp.model import LmpConfig, LmpForPretraining
-from lmp.train import checkpoint
-from tools import _parity, export_huggingface
-from tools._parity import aliases, check_tensors, fixed_input, largest_difference
+from tests.tools.written import MODALITIES, make_model, write_run
+from tools import _folder, _parity, export_huggingface
+from tools._parity import largest_difference
+from tools._source import aliases, check_tensors, fixed_input
 
-MODALITIES = {
-    "video": {"tokens": 2, "width": 12},
-    "text": {"tokens": 1, "width": 7},
-    "audio": {"tokens": 1, "width": 5},
-}
 MakeRun = Callable[..., Path]
-
-
-def make_model(**changes: Any) -> LmpForPretraining:
-    torch.manual_seed(3)
-    settings: dict[str, Any] = {
-        "modalities": MODALITIES,
-        "width": 16,
-        "heads": 2,
-        "contextual_layers": 1,
-        "cross_layers": 1,
-        "contrastive_width": 8,
-        "max_positions": 16,
-        "initializer_range": 0.3,
-    }
-    return LmpForPretraining(LmpConfig(**(settings | changes)))
-
-
-def write_run(
-    run: Path,
-    *,
-    done: bool = True,
-    steps: tuple[int, ...] = (20,),
-    spoil: Callable[[dict[str, Tensor]], None] | None = None,
-    drop: str | None = None,
-    **changes: Any,
-) -> Path:
-    """A run folder as training leaves it: two files of weights per checkpoint, manifest, config, DONE."""
-    run.mkdir()
-    (run / "config.yaml").write_text("name: test\n")
-    (run / "code.json").write_text(json.dumps({"lmp": "0.1.0", "commit": "c0ffee", "changed": False}))
-    model = make_model(**changes)
-    for step in steps:
-        weights = {name: tensor + 0.01 * step for name, tensor in model.state_dict().items()}
-        if spoil:
-            spoil(weights)
-        folder = run / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        files = {}
-        names = sorted(weights)
-        for number in (0, 1):
-            file = folder / f"state-{number:05d}-of-00002.safetensors"
-            save_file({f"{name}/weight": weights[name].contiguous() for name in names[number::2]}, file)
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
-        data = {
-            "digest": "d1e5",
-            "encoders": {"video": {"name": "signal-video", "version": "1", "frames": 4}},
-            "modalities": {name: {**spec, "dtype": "float16"} for name, spec in MODALITIES.items()},
-        }
-        manifest = {
-            "format": checkpoint.FORMAT,
-            "progress": {
-                "step": step,
-                "cursor": {"epoch": 1, "step": 0, "carried": 0},
-                "shots_seen": 12345,
-                "tokens_seen": 49380,
-            },
-            "model": model.config.to_dict(),
-            "tensors": {name: list(tensor.shape) for name, tensor in weights.items()},
-            "files": files,
-            "data": {key: value for key, value in data.items() if key != drop},
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest, default=str))
-    if done:
-        (run / "DONE").write_text(json.dumps({"step": steps[-1]}))
-    return run
 
 
 @pytest.fixture
@@ -306,7 +235,7 @@ def test_remote_code_that_is_not_the_training_code_is_refused(
         target.write_text(text)
 
     make_run()
-    monkeypatch.setattr(export_huggingface.shutil, "copyfile", copy)
+    monkeypatch.setattr(_folder.shutil, "copyfile", copy)
     assert said in refused(capsys, tmp_path)
 
 
@@ -317,7 +246,7 @@ def test_weights_that_are_not_written_as_they_are(
         save_file({name: tensor.half().float() for name, tensor in weights.items()}, file, metadata=metadata)
 
     make_run()
-    monkeypatch.setattr(export_huggingface, "save_file", save)
+    monkeypatch.setattr(_folder, "save_file", save)
     assert "was not written as it is" in refused(capsys, tmp_path)
 
 
