@@ -6,6 +6,7 @@ ledger.jsonl    one line for each start, stop and failure
 metrics.jsonl   one line for each step
 tensorboard/    the same as events
 logs/           one file for each rank
+code/           the code that a SLURM job runs, job.json: which job that is
 checkpoints/    step-00000120/ ...
 DONE            appears when the run is finished
 STOP            put there by a user: save and stop
@@ -42,6 +43,10 @@ FIXED = (
 )
 """What a resumed run may not change: it decides which shots and masks a step has, the shape of the weights, or what
 the loss means."""
+
+
+SNAPSHOT = "snapshot.json"
+"""In a copy of the code: the commit it was taken from, and whether that was changed."""
 
 
 class RunFolder:
@@ -133,10 +138,17 @@ def write_atomic(path: Path, text: str) -> None:
 def code_state() -> dict[str, Any]:
     """Version and commit of lmp and versions of what it stands on."""
     checkout = Path(lmp.__file__).parents[1]
+    snapshot = checkout / SNAPSHOT
+    if snapshot.is_file():
+        taken = json.loads(snapshot.read_text(encoding="utf-8"))
+        commit, changed = taken["commit"], taken["changed"]
+    else:
+        commit = _git(checkout, "rev-parse", "HEAD")
+        changed = bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))
     return {
         "lmp": lmp.__version__,
-        "commit": _git(checkout, "rev-parse", "HEAD"),
-        "changed": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "changed": changed,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "deepspeed", "transformers", "webdataset")},
     }
