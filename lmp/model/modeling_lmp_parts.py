@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+# As remote code, transformers 4.51 fetches only the files that this one names, not those that they name.
+from .attention import attention as _attention  # noqa: F401
+from .backends import resolve as _resolve  # noqa: F401
 from .configuration_lmp import LmpContextualConfig, LmpCrossConfig
 from .modeling_lmp import (
     ContextualTransformer,
