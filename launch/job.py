@@ -11,6 +11,7 @@ import argparse
 import faulthandler
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from typing import Any, NoReturn, TextIO
 from launch.handover import tell
 from launch.network import set_defaults
 from launch.place import Place
+from launch.record import JobRecord, check_free, read_record
 from launch.restarts import ledger, newest_checkpoint, refused
 from lmp.config import Config, load_config
 from lmp.errors import EXIT_AGAIN, EXIT_DONE, EXIT_RESTARTS, EXIT_USER, UserError
@@ -69,6 +71,9 @@ class TrainJob:
             # SLURM 24.11 starts a finished job again that was requeued in its grace time.
             print(f"the run was finished already, at step {finished}")
             return {"step": finished, "finished": True}
+        if place.restart and folder.stop.exists():
+            # Asked to stop, and ended otherwise before it could: a job that was cancelled does not begin anew.
+            _leave(EXIT_DONE, f"stopped by the file {folder.stop.name}")
         if place.rank == 0:
             self._launch(folder, place, config, console)
         place.export()
@@ -92,13 +97,33 @@ class TrainJob:
         tell("run", str(folder.path.resolve()))
         checkpoint = newest_checkpoint(folder)
         facts: dict[str, Any] = {"job": place.job, "restart": place.restart}
+        if shutil.which("scontrol"):
+            check_free(folder.path, job=place.job)
         reason = refused(ledger(folder), **facts, checkpoint=checkpoint, cluster=config.cluster)
         if reason is not None:
             folder.note("refused", **facts, reason=reason)
             remedy = f"read {folder.logs / 'rank-0000.log'}, mend it, and submit again"
             print(f"error: {reason} -> {remedy}", file=console)
             _leave(EXIT_RESTARTS, f"error: {reason} -> {remedy}", told=True)
+        self._keep_record(folder, place)
         folder.note("launch", **facts, checkpoint=checkpoint, world_size=place.world_size, code=str(_code()))
+
+    def _keep_record(self, folder: RunFolder, place: Place) -> None:
+        """A job that `python -m launch.slurm` has not submitted is found by its `status` and `cancel` too."""
+        before = read_record(folder.path)
+        if before is not None and before.job == place.job:
+            return
+        JobRecord(
+            job=place.job,
+            cluster=os.environ.get("SLURM_CLUSTER_NAME"),
+            submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            directory=str(Path.cwd()),
+            command=["python", "-m", "launch.job", self.run, *self.arguments],
+            code=str(_code()),
+            config=str(Path(self.arguments[0]).resolve()),
+            world_size=place.world_size,
+            earlier=[*before.earlier, before.job] if before else [],
+        ).write(folder.path)
 
 
 class Interruption:
