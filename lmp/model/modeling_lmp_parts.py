@@ -28,7 +28,7 @@ from .modeling_lmp import (
 class LmpContextualModel(LmpTrunk):
     """The embedding and contextual transformer of `config.modality`."""
 
-    config_class = LmpContextualConfig
+    config_class = LmpContextualConfig  # type: ignore[assignment]
 
     def __init__(self, config: LmpContextualConfig) -> None:
         super().__init__(config)
