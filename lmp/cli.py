@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     ingest.set_defaults(run=_ingest)
 
     from lmp.data import commands as data
+    from lmp.downstream import commands as downstream
     from lmp.scaling import commands as bench
     from lmp.scaling import plan_command
 
@@ -91,17 +92,19 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on held-out shards")
-    evaluate.add_argument("folder", type=Path, metavar="RUN")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="with --task also an exported folder")
     evaluate.add_argument("shards", nargs="+", type=Path)
     evaluate.add_argument(
         "--train-shards", nargs="*", type=Path, default=[], help="to fit probes and the linear rival on"
     )
-    evaluate.add_argument("--labels", type=Path, help="folder of KEY.labels.json")
+    evaluate.add_argument("--labels", type=Path, help="folder of KEY.labels.json, or of a benchmark's own files")
     evaluate.add_argument("--out", type=Path, help="report folder (default: RUN/evaluation)")
     evaluate.add_argument("--seeds", type=int, default=3)
     evaluate.add_argument("--step", type=int)
     evaluate.add_argument("--check", action="store_true", help="exit with 1 unless the model beats its rivals")
+    downstream.add_task_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    downstream.register(commands)
 
     config = commands.add_parser("config", help="read configurations").add_subparsers(dest="what", required=True)
     show = config.add_parser("show", help="print the resolved configuration")
@@ -190,6 +193,10 @@ def _dry_run(config: Config, out: Path | None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.task is not None:
+        from lmp.downstream.commands import evaluate_task
+
+        return evaluate_task(arguments)
     from lmp.downstream.evaluate import evaluate
     from lmp.downstream.results import verdicts
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmp.downstream.results import EvaluationResult
 from lmp.errors import UserError
+
+if TYPE_CHECKING:
+    from lmp.downstream.task_results import TaskResult
 
 COLOURS = {"model": "#1f6f8b", "model_moved": "#7fb3c4", "raw": "#c98a2b"}
 OTHERS = "#b0b0b0"
@@ -80,6 +84,24 @@ def plot_probes(result: EvaluationResult, picture: Path) -> bool:
         _bars(axis, {name: (score.mean, score.std) for name, score in table.rows.items()})
         axis.set_title(f"{label} (n = {table.test_items})")
         axis.set_ylabel("accuracy")
+    _save(plt, figure, picture)
+    return True
+
+
+def plot_tasks(results: Sequence[TaskResult], picture: Path) -> bool:
+    """One panel a task, one bar a contender, its main score. False where there is nothing to draw."""
+    if not results:
+        return False
+    plt = _pyplot()
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    for axis, result in zip(axes.flat, results, strict=False):
+        _bars(axis, {name: (row[result.metric].mean, row[result.metric].std) for name, row in result.rows.items()})
+        axis.set_title(f"{result.task} (n = {result.n})")
+        axis.set_ylabel(result.metric + ("" if result.higher else ", less is better"))
     _save(plt, figure, picture)
     return True
 

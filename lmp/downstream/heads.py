@@ -1,0 +1,311 @@
+"""Heads on features of films: a linear probe on frozen features, or a head fitted together with the trunk.
+
+Whatever is chosen (strength of the penalty, epoch) is chosen on val, never on test. Where a task has no val items, a
+quarter of the training groups, drawn by the seed, stands in for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmp.downstream.tasks.base import Items, Loss, Task, by_group
+from lmp.downstream.trunk import BATCH_SHOTS, Films, Trunk, Window
+from lmp.model import LmpModel
+
+STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+"""Of the penalty on the squared weights of a probe, strongest first: each fit begins where the last one ended."""
+ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How a head is fitted together with the trunk.
+
+    Attributes:
+        layers: the last so many layers of each transformer learn; None for all of the trunk.
+        head_lr, trunk_lr: of AdamW.
+        weight_decay: of both.
+        epochs: at most.
+        patience: epochs without a better val score after which it stops.
+        batch: groups (videos, questions) in a step.
+    """
+
+    layers: int | None = None
+    head_lr: float = 1e-3
+    trunk_lr: float = 1e-4
+    weight_decay: float = 0.01
+    epochs: int = 20
+    patience: int = 3
+    batch: int = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items to fit on, to select on, and to test."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def parts(items: Items, *, seed: int) -> list[Part]:
+    """One part, or one for each fold; their tests are disjoint."""
+    if items.fold_I is None:
+        train, val, test = (items.of_split(split) for split in ("train", "val", "test"))
+        return [Part(*(_hold_out(items, train, seed) if not len(val) else (train, val)), test)]
+    found = []
+    for fold in np.unique(items.fold_I):
+        rest = np.flatnonzero(items.fold_I != fold)
+        found.append(Part(*_hold_out(items, rest, seed), np.flatnonzero(items.fold_I == fold)))
+    return found
+
+
+def _hold_out(items: Items, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    groups = np.random.default_rng([seed, 0x4A1]).permutation(np.unique(items.group_I[train]))
+    held = np.isin(items.group_I[train], groups[: max(1, len(groups) // 4)])
+    return train[~held], train[held]
+
+
+def rows_of(task: Task, trunk: Trunk, films: Films, items: Items) -> Tensor:
+    """The head's input for every item, from frozen features: [I, R] float32."""
+    found: list[Tensor] = [torch.empty(0)] * len(items.windows)
+    of_window = _items_of_windows(items)
+    for first in range(0, len(items.windows), 256):
+        windows = items.windows[first : first + 256]
+        for number, blocks in enumerate(trunk.blocks(films, windows), first):
+            found[number] = represent(task, items, of_window[number], films, blocks, items.windows[number])
+    order = np.argsort(np.concatenate(of_window), kind="stable")
+    return torch.cat(found)[torch.from_numpy(order)]
+
+
+def represent(
+    task: Task, items: Items, chosen: np.ndarray, films: Films, blocks: dict[str, Tensor], window: Window
+) -> Tensor:
+    """The head's input for some items of one window: [len(chosen), R]."""
+    shots_S2 = films.shots(window.film)[window.rows_S] / 1000.0
+    return task.represent(blocks, torch.from_numpy(items.parts_IP2[chosen]), shots_S2)
+
+
+def _items_of_windows(items: Items) -> list[np.ndarray]:
+    order = np.argsort(items.window_I, kind="stable")
+    edges = np.searchsorted(items.window_I[order], np.arange(len(items.windows) + 1))
+    return [order[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def fit_probe(task: Task, items: Items, rows_IR: Tensor, part: Part, *, seed: int) -> tuple[np.ndarray, float]:
+    """The output for the tested items of a linear head, [len(part.test), C], and the strength that val chose.
+
+    Args:
+        rows_IR: of all items; standardised here on the training items.
+        seed: of nothing but the first weights: the problem is convex.
+    """
+    mean_R, std_R = rows_IR[part.train].mean(0), rows_IR[part.train].std(0, unbiased=False)
+    kept_R = std_R > 1e-6 * mean_R.abs().clamp(min=1e-6)
+    rows_IR = (rows_IR[:, kept_R] - mean_R[kept_R]) / std_R[kept_R]
+    outputs = task.outputs(items)
+    generator = torch.Generator().manual_seed(seed)
+    weight_RC = (0.01 * torch.randn(rows_IR.shape[1], outputs, generator=generator)).requires_grad_()
+    bias_C = torch.zeros(outputs, requires_grad=True)
+    target, weight_I = targets(task, items, part.train)
+    group_I = torch.from_numpy(items.group_I[part.train])
+    train_IR = rows_IR[part.train]
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    for strength in STRENGTHS:
+        optimiser = torch.optim.LBFGS([weight_RC, bias_C], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def closure(strength: float = strength, optimiser: torch.optim.LBFGS = optimiser) -> Tensor:
+            optimiser.zero_grad()
+            loss = head_loss(task.loss, train_IR @ weight_RC + bias_C, target, weight_I, group_I)
+            loss = loss + strength * weight_RC.square().sum() / 2
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        output = (rows_IR[part.val] @ weight_RC + bias_C).detach().numpy()
+        score = task.scores(items, part.val, output)[task.metric] * (1 if task.higher else -1)
+        if best is None or score > best[0]:
+            best = score, strength, weight_RC.detach().clone(), bias_C.detach().clone()
+    assert best is not None
+    return (rows_IR[part.test] @ best[2] + best[3]).numpy(), best[1]
+
+
+def constant(task: Task, items: Items, part: Part) -> np.ndarray:
+    """The output of a head that sees nothing: the best constant for the training items."""
+    rows_I0 = torch.zeros(len(items), 0)
+    return fit_probe(task, items, rows_I0, part, seed=0)[0]
+
+
+def targets(task: Task, items: Items, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    """What some items' outputs should be, and their weights in the loss, with mean 1."""
+    target = torch.from_numpy(items.target_I[chosen])
+    weight_I = torch.from_numpy(items.weight_I[chosen])
+    if task.balanced:
+        count_C = torch.bincount(target, weights=weight_I)
+        weight_I = weight_I / count_C[target].float()
+    return target, weight_I / weight_I.mean()
+
+
+def head_loss(loss: Loss, output_IC: Tensor, target: Tensor, weight_I: Tensor, group_I: Tensor) -> Tensor:
+    """Mean loss of items.
+
+    Args:
+        loss: `class`: cross-entropy; `multilabel`: mean binary cross-entropy of the labels; `multilabel_one`:
+            cross-entropy to the right labels in equal shares; `regression`: squared error; `choice`: cross-entropy
+            among the items of each group.
+        target: as Items.target_I.
+    """
+    if loss == "class":
+        each_I = F.cross_entropy(output_IC, target, reduction="none")
+    elif loss == "multilabel":
+        each_I = F.binary_cross_entropy_with_logits(output_IC, target, reduction="none").mean(1)
+    elif loss == "multilabel_one":
+        share_IC = target / target.sum(1, keepdim=True).clamp(min=1)
+        each_I = F.cross_entropy(output_IC, share_IC, reduction="none")
+    elif loss == "regression":
+        each_I = (output_IC[:, 0] - target).square()
+    else:
+        _, place_I = group_I.unique(return_inverse=True)
+        total_G = torch.zeros(int(place_I.max()) + 1, device=output_IC.device)
+        score_I = output_IC[:, 0]
+        # Scores are shifted by their largest, so that no exponential overflows.
+        top_G = torch.full_like(total_G, -torch.inf).scatter_reduce(0, place_I, score_I.detach(), "amax")
+        total_G = total_G.scatter_add(0, place_I, (score_I - top_G[place_I]).exp())
+        each_I = top_G[place_I] + total_G.log()[place_I] - score_I
+        return each_I[target].mean()
+    return (each_I * weight_I).mean()
+
+
+class Head(nn.Module):
+    """Layer norm without weights, dropout, linear."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, rows_IR: Tensor) -> Tensor:
+        return self.linear(self.dropout(F.layer_norm(rows_IR, rows_IR.shape[-1:])))
+
+
+def trainable(model: LmpModel, layers: int | None) -> list[nn.Parameter]:
+    """Freeze all of a model but the last `layers` layers of each transformer and their norms; None: nothing."""
+    model.requires_grad_(layers is None)
+    if layers is not None:
+        for name, parameter in model.named_parameters():
+            # contextual.MODALITY.layers.N..., cross.layers.N..., and their norms
+            transformer, _, rest = name.partition(".layers.")
+            if rest:
+                total = len(model.get_submodule(f"{transformer}.layers"))  # type: ignore[arg-type]
+                parameter.requires_grad_(int(rest.partition(".")[0]) >= total - layers)
+            elif name.startswith(("contextual.", "cross.norm")):
+                parameter.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def fine_tune(
+    task: Task, items: Items, trunk: Trunk, films: Films, part: Part, *, seed: int, settings: FineTuning
+) -> tuple[np.ndarray, int]:
+    """The output for the tested items of a head fitted together with a copy of the trunk, and the epoch val chose.
+
+    Args:
+        seed: of the head's weights, the order and the draws; the global random state is left as it was.
+    """
+    assert trunk.model is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(trunk.model)
+        learnt = Trunk(model, trunk.name, trunk.modalities, trunk.step, trunk.max_shots)
+        width = _forward(task, items, learnt, films, part.train[:1]).shape[1]
+        head = Head(width, task.outputs(items)).to(model.device)
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": trainable(model, settings.layers), "lr": settings.trunk_lr},
+                {"params": head.parameters(), "lr": settings.head_lr},
+            ],
+            weight_decay=settings.weight_decay,
+        )
+        random = np.random.default_rng([seed, 0xF17E])
+        best: tuple[float, int, np.ndarray] | None = None
+        for epoch in range(1, settings.epochs + 1):
+            head.train()
+            for chosen in _batches(task, items, part.train, settings.batch, random):
+                target, weight_I = targets(task, items, chosen)
+                output_IC = head(_forward(task, items, learnt, films, chosen))
+                group_I = torch.from_numpy(items.group_I[chosen])
+                of_device = (one.to(output_IC.device) for one in (target, weight_I, group_I))
+                loss = head_loss(task.loss, output_IC, *of_device)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            head.eval()
+            judged = [_output(task, items, learnt, films, head, chosen) for chosen in (part.val, part.test)]
+            score = task.scores(items, part.val, judged[0])[task.metric] * (1 if task.higher else -1)
+            if best is None or score > best[0]:
+                best = score, epoch, judged[1]
+            elif epoch - best[1] >= settings.patience:
+                break
+    assert best is not None
+    return best[2], best[1]
+
+
+def _batches(
+    task: Task, items: Items, train: np.ndarray, size: int, random: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Items of `size` groups at a time, in random order; of a group all items, or one drawn by its weight."""
+    groups = by_group(items.group_I[train])
+    order = random.permutation(len(groups))
+    for first in range(0, len(order), size):
+        chosen = []
+        for number in order[first : first + size].tolist():
+            of = train[groups[number]]
+            if task.one_window:
+                weight = items.weight_I[of].astype(np.float64)
+                of = random.choice(of, 1, p=weight / weight.sum())
+            chosen.append(of)
+        yield np.concatenate(chosen)
+
+
+def _forward(task: Task, items: Items, trunk: Trunk, films: Films, chosen: np.ndarray) -> Tensor:
+    """The head's input for some items, with gradients: [len(chosen), R] in the order of `chosen`."""
+    numbers, place_I = np.unique(items.window_I[chosen], return_inverse=True)
+    windows = [items.windows[n] for n in numbers.tolist()]
+    rows, order = [], []
+    for n, blocks in enumerate(trunk.run(films, windows)):
+        of = np.flatnonzero(place_I == n)
+        rows.append(represent(task, items, chosen[of], films, blocks, windows[n]))
+        order.append(of)
+    back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
+    return torch.cat(rows)[back]
+
+
+@torch.no_grad()
+def _output(task: Task, items: Items, trunk: Trunk, films: Films, head: Head, chosen: np.ndarray) -> np.ndarray:
+    found = [head(_forward(task, items, trunk, films, few)).float().cpu() for few in _by_shots(items, chosen)]
+    return torch.cat(found).numpy()
+
+
+def _by_shots(items: Items, chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """Items in order, as many at a time as their windows hold shots for one row."""
+    few: list[int] = []
+    windows: set[int] = set()
+    shots = 0
+    for item in chosen.tolist():
+        window = int(items.window_I[item])
+        if window not in windows:
+            size = len(items.windows[window].rows_S)
+            if few and shots + size > BATCH_SHOTS:
+                yield np.array(few)
+                few, windows, shots = [], set(), 0
+            windows.add(window)
+            shots += size
+        few.append(item)
+    if few:
+        yield np.array(few)

@@ -1,0 +1,121 @@
+"""Scene labels of hidden shots, on MovieCLIP's shot labels (Bose et al., WACV 2023): what context alone tells.
+
+LABELS holds Condensed Movies' split.csv and clips.csv (or .gz) and MovieCLIP's *_150_labels.txt (or .gz) in one folder
+or in the folders condensed_movies and movieclip_labels. Lines are `ID/ID-Scene-NUMBER.mp4 label ...`; all files are
+taken together and split by Condensed Movies' split of films. Clips have at least five labelled shots.
+
+Each labelled shot is hidden in turn, and the model sees the others of its clip. One label is predicted, and right if
+it is in the hidden shot's set. `alone` shows the hidden shot with no other: what then is left is the prior.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from lmp.downstream.tasks.base import SPLITS, Coverage, ItemRows, Items, Loss, Task, Videos
+from lmp.downstream.tasks.condensed_movies import read_csv, read_split
+from lmp.downstream.trunk import Window
+from lmp.errors import UserError
+
+CLASSES = 150
+LEAST_SHOTS = 5
+LINE = re.compile(r"^([\w-]{11})/\1-Scene-(\d+)\.mp4 ([\d ]+)$")
+
+Labels = dict[str, list[tuple[int, tuple[int, ...]]]]
+"""Clip -> (number of the shot in the clip, its labels), in order."""
+
+
+def read_shot_labels(folder: Path) -> Labels:
+    """The labels of all files in the folder.
+
+    Raises:
+        UserError: no such file, or a line that is not a label.
+    """
+    found: Labels = {}
+    paths = sorted(folder.glob("*_150_labels.txt*"))
+    for path in paths:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for number, line in enumerate(data.decode().splitlines(), 1):
+            match = LINE.match(line.strip())
+            if match is None:
+                raise UserError(f"{path}, line {number}: is not a shot's labels", remedy="give the published file")
+            labels = tuple(int(word) for word in match[3].split())
+            found.setdefault(match[1], []).append((int(match[2]), labels))
+    if not paths:
+        raise UserError(f"{folder}: holds no *_150_labels.txt", remedy="give the folder of MovieCLIP's label files")
+    return {clip: sorted(shots) for clip, shots in found.items()}
+
+
+def sub_folder(labels: Path, name: str) -> Path:
+    """LABELS/NAME where there is one, else LABELS."""
+    return labels / name if (labels / name).is_dir() else labels
+
+
+def split_of_clips(labels: Path) -> dict[str, str]:
+    """Clip -> split of its film in Condensed Movies."""
+    folder = sub_folder(labels, "condensed_movies")
+    of_film = read_split(folder)
+    return {row["videoid"]: of_film[row["imdbid"]] for row in read_csv(folder, "clips.csv") if row["imdbid"] in of_film}
+
+
+class HiddenShot(Task):
+    """The labels of a hidden shot, from the other labelled shots of its clip."""
+
+    needs: ClassVar[str] = (
+        "LABELS/condensed_movies/{split,clips}.csv, LABELS/movieclip_labels/*_150_labels.txt, and shards whose clips "
+        "bear the YouTube ids and hold just the labelled shots (configs/real)"
+    )
+    metric: ClassVar[str] = "top1"
+    loss: ClassVar[Loss] = "multilabel_one"
+    one_window: ClassVar[bool] = False
+
+    def __init__(self, *, alone: bool) -> None:
+        self.alone = alone
+        self.name = "movieclip/alone" if alone else "movieclip/hidden"
+
+    def ids(self, labels: Path) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {name: [] for name in SPLITS}
+        split = split_of_clips(Path(labels))
+        for clip, shots in read_shot_labels(sub_folder(Path(labels), "movieclip_labels")).items():
+            if clip in split and len(shots) >= LEAST_SHOTS:
+                found[split[clip]].append(clip)
+        return found
+
+    def items(self, labels: Path, videos: Videos) -> tuple[Items, Coverage]:
+        every = read_shot_labels(sub_folder(Path(labels), "movieclip_labels"))
+        rows, coverage, item = ItemRows(), Coverage(), 0
+        for split, names in self.ids(Path(labels)).items():
+            for name in names:
+                clip = coverage.look(videos, name, split)
+                if clip is None:
+                    continue
+                shots = every[name]
+                if len(shots) != clip.stop - clip.start:
+                    raise UserError(
+                        f"clip {name} has {clip.stop - clip.start} shots in the shards and {len(shots)} labelled ones",
+                        remedy="make the shards of the labelled shots",
+                    )
+                for place, (_, found) in enumerate(shots):
+                    target_C = np.zeros(CLASSES, np.float32)
+                    target_C[list(found)] = 1.0
+                    shown = np.array([clip.start + place]) if self.alone else np.arange(clip.start, clip.stop)
+                    hidden = 0 if self.alone else place
+                    window = rows.window(Window(clip.film, shown, hidden=hidden))
+                    rows.add(window, [(hidden, hidden + 1)], target_C, group=item, split=split)
+                    item += 1
+        return rows.items(np.float32), coverage
+
+    def outputs(self, items: Items) -> int:
+        return CLASSES
+
+    def scores(self, items: Items, chosen: np.ndarray, output_IC: np.ndarray) -> dict[str, float]:
+        right_I = items.target_I[chosen][np.arange(len(chosen)), output_IC.argmax(1)] > 0.5
+        return {"top1": float(right_I.mean())}
+
+
+TASKS: tuple[Task, ...] = (HiddenShot(alone=False), HiddenShot(alone=True))
