@@ -150,6 +150,12 @@ class CheckpointConfig(Section):
     every_steps: int | None = Field(200, ge=1)
     every_minutes: float | None = Field(None, gt=0)
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="checkpoints at multiples of this are made, too, and kept for good"
+    )
+    asynchronous: bool = Field(
+        True, description="copy the state to host memory and write it beside the training; needs its size there"
+    )
 
 
 class Config(Section):

@@ -52,11 +52,12 @@ class Health:
     stop: bool
     bad: bool
     save: bool
+    writing: bool
     slowest_rank: int
     slowest_seconds: float
 
 
-def health_word(mesh: Mesh, *, stop: bool, bad: bool, save: bool, seconds: float) -> Health:
+def health_word(mesh: Mesh, *, stop: bool, bad: bool, save: bool, writing: bool, seconds: float) -> Health:
     """Agree on a step with one small all-reduce. Collective.
 
     Args:
@@ -64,17 +65,19 @@ def health_word(mesh: Mesh, *, stop: bool, bad: bool, save: bool, seconds: float
         stop: this rank was asked to stop.
         bad: this rank saw a non-finite loss or gradient.
         save: this rank's clock says that a checkpoint is due.
+        writing: this rank still writes its file of a checkpoint.
         seconds: this rank's own time for the step, without waiting for others.
     """
     # The largest of (time, rank) as one integer names the slowest rank.
     clock = int(seconds * 1e6) * mesh.world_size + mesh.rank
-    word = torch.tensor([int(stop), int(bad), int(save), clock], dtype=torch.int64, device=mesh.device)
+    word = torch.tensor([int(stop), int(bad), int(save), int(writing), clock], dtype=torch.int64, device=mesh.device)
     dist.all_reduce(word, op=dist.ReduceOp.MAX)
-    any_stop, any_bad, any_save, slowest = word.tolist()
+    any_stop, any_bad, any_save, any_writing, slowest = word.tolist()
     return Health(
         stop=bool(any_stop),
         bad=bool(any_bad),
         save=bool(any_save),
+        writing=bool(any_writing),
         slowest_rank=slowest % mesh.world_size,
         slowest_seconds=slowest // mesh.world_size / 1e6,
     )

@@ -25,6 +25,7 @@ from lmp.parallel.ulysses import UlyssesAttention
 from lmp.scaling.flops import hardware_flops, peak_tflops, train_flops
 from lmp.train import checkpoint
 from lmp.train.checkpoint import Progress
+from lmp.train.checkpointer import Checkpointer, remove_leftovers
 from lmp.train.data import check_same_stream, data_facts, load_index, model_shape, plan_settings, stream_change
 from lmp.train.engine import Engine, learning_rate
 from lmp.train.health import health_word, stop_requests
@@ -86,6 +87,7 @@ class Start:
         model.set_attention(self.attention if group is None else UlyssesAttention(group, self.attention))
         apply_memory(model, config.memory_settings)
         self.engine = Engine(model, config, here)
+        self.saver = Checkpointer(folder, self.engine, config.checkpoint, self._manifest() if here.main else {})
         self.objectives = build_objectives(
             config.objectives, target=self.model_config.target, sources=self.model_config.sources
         )
@@ -99,6 +101,7 @@ class Start:
         progress = self._restore(new_data=new_data)
         if self.mesh.main:
             self.folder.open(self.config)
+            remove_leftovers(self.folder)
             self.folder.note(
                 "start",
                 step=progress.step,
@@ -126,6 +129,7 @@ class Start:
         try:
             with (
                 loader,
+                self.saver,
                 stop_requests(self.folder.stop) as stop,
                 Recorder(self.folder, steps=steps, start=progress.step, active=self.mesh.main) as recorder,
             ):
@@ -145,7 +149,7 @@ class Start:
     def loop(self, loader: PackLoader, stop: Any, recorder: Recorder, progress: Progress) -> Outcome:
         """Step after step; every rank takes every branch at the same step."""
         config, steps = self.config, self.config.train.steps
-        saved_at = time.monotonic()
+        saver = self.saver
         while True:
             waited = time.perf_counter()
             batch = next(loader)
@@ -160,12 +164,12 @@ class Start:
             shots = loader.stream.shots(batch.cursor)
             progress = self._advance(progress, loader.stream.next(batch.cursor), shots)
             seconds = time.perf_counter() - began
-            minutes = (time.monotonic() - saved_at) / 60
             health = health_word(
                 self.mesh,
                 stop=stop(),
                 bad=not math.isfinite(norm),
-                save=config.checkpoint.every_minutes is not None and minutes >= config.checkpoint.every_minutes,
+                save=saver.overdue,
+                writing=saver.writing,
                 seconds=seconds,
             )
             if health.bad:
@@ -180,14 +184,16 @@ class Start:
                     "lr": lr,
                     "grad_norm": norm,
                     "seconds_waiting_for_data": began - waited,
+                    "seconds_saving": saver.seconds_stalled(),
                     "slowest_rank": health.slowest_rank,
                     **self._rates(batch, shots, began - waited + seconds),
                 }
             )
-            every = config.checkpoint.every_steps
-            if health.stop or health.save or step == steps or (every and step % every == 0):
-                checkpoint.save(self.folder, self.engine, progress, self._manifest(), keep=config.checkpoint.keep)
-                saved_at = time.monotonic()
+            saver.poll(writing=health.writing)
+            if health.stop or step == steps:
+                saver.save_last(progress)
+            elif health.save or saver.due(step):
+                saver.save(progress)
             if step == steps:
                 return Outcome(step=step, finished=True, reason="last step")
             if health.stop:
@@ -200,6 +206,9 @@ class Start:
         if self.mesh.main:
             for fault in passed_over:
                 print(f"passed over: {fault}", flush=True)
+                self.folder.note("passed over", fault=fault)
+        newer = [p.name for p in checkpoint.found(self.folder) if path is None or p.name > path.name]
+        self.saver.damaged.update(newer)
         if path is None:
             return Progress(step=0, cursor=self.stream.first(), shots_seen=0, tokens_seen=0)
         change = stream_change(checkpoint.read_manifest(path)["data"], self.index, self.plan)
@@ -209,6 +218,9 @@ class Start:
                 remedy="restore what data.train named, start another run folder, or go on with --new-data",
             )
         progress = checkpoint.restore(path, self.engine)
+        if self.mesh.main:
+            print(f"{path.name}: restored, and the state verified by its hashes", flush=True)
+            self.folder.note("restored", step=progress.step)
         if change:
             progress = replace(progress, cursor=self.stream.first(progress.cursor.epoch + 1))
         return progress

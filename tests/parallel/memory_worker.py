@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lmp.config import Config, validate
 from lmp.data.index import FilmIndex
@@ -18,12 +17,13 @@ from lmp.objectives import build_objectives
 from lmp.parallel.memory import apply_memory
 from lmp.parallel.mesh import Mesh, mesh
 from lmp.parallel.ulysses import UlyssesAttention
+from lmp.train.checkpoint import restore
 from lmp.train.engine import Engine
 from lmp.train.step import accumulate
 from lmp.train.trainer import model_config
-from lmp.train.zero_state import export_state, import_state
 from tests.parallel.memory_cases import NEAR, REFERENCE, SAME, Case, CountOperators
 from tests.runs import config_of
+from tests.train.states import save, whole_state
 from tests.workers import save_findings
 
 
@@ -43,11 +43,7 @@ def build(case: Case, config: Config, index: FilmIndex, here: Mesh, *, seed: int
     return Engine(model, config, here)
 
 
-def exported(engine: Engine) -> dict[str, tuple[Tensor, ...]]:
-    return {name: tuple(part.detach().clone() for part in parts) for name, parts in export_state(engine)}
-
-
-def train(case: Case, index: FilmIndex, steps: list[StepBatch], here: Mesh) -> dict[str, Any]:
+def train(case: Case, index: FilmIndex, steps: list[StepBatch], here: Mesh, folder: Path) -> dict[str, Any]:
     """Losses, norms and state after the steps, and how often they ran which operators."""
     extra = {"zero_optimization": {kind: {"device": "cpu"} for kind in case.host}} if case.host else {}
     sections = {"parallel": {"zero": case.zero, "sequence": here.sequence, "deepspeed": extra}}
@@ -60,12 +56,14 @@ def train(case: Case, index: FilmIndex, steps: list[StepBatch], here: Mesh) -> d
         for batch in steps:
             losses.append(accumulate(engine, objectives, batch, config, rivals=False).loss)
             norms.append(engine.step(1e-3))
-    found = {"losses": losses, "norms": norms, "state": exported(engine), "calls": dict(operators.calls)}
+    found = {"losses": losses, "norms": norms, "state": whole_state(engine), "calls": dict(operators.calls)}
+    if case.host:
+        saved = save(engine, folder / case.name, step=len(steps))
     engine.close()
     if case.host:
         fresh = build(case, config, index, here, seed=1)
-        import_state(fresh, found["state"].__getitem__, step=len(steps))
-        found["moved"] = exported(fresh)
+        restore(saved, fresh)
+        found["moved"] = whole_state(fresh)
         fresh.close()
     return found
 
@@ -74,7 +72,9 @@ def main(folder: Path) -> None:
     index = FilmIndex.load([folder / "shards"])
     with mesh(2, timeout_minutes=2) as here:
         steps = batches(index, here)
-        save_findings(folder, {case.name: train(case, index, steps, here) for case in (REFERENCE, *SAME, *NEAR)})
+        save_findings(
+            folder, {case.name: train(case, index, steps, here, folder) for case in (REFERENCE, *SAME, *NEAR)}
+        )
 
 
 if __name__ == "__main__":

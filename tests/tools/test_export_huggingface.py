@@ -169,7 +169,6 @@ def test_a_folder_that_cannot_be_made(make_run: MakeRun, tmp_path: Path, capsys:
         (lambda w: w.pop("lmp.cross.query"), "lmp.cross.query is missing"),
         (lambda w: w.update(extra=torch.zeros(1)), "extra is unexpected"),
         (lambda w: w.update({"lmp.cross.query": torch.zeros(15)}), r"has shape (15,), the model's is (16,)"),
-        (lambda w: w.update({"lmp.cross.query": torch.zeros(16).half()}), "is torch.float16"),
     ],
 )
 def test_wrong_tensors_are_refused(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmp.model import LmpConfig, LmpForPretraining
-from lmp.train import checkpoint
+from tests.train.states import write_weights
 
 MODALITIES = {
     "video": {"tokens": 2, "width": 12},
@@ -58,13 +56,6 @@ def write_run(
             spoil(weights)
         folder = run / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        files = {}
-        names = sorted(weights)
-        for number in (0, 1):
-            file = folder / f"state-{number:05d}-of-00002.safetensors"
-            save_file({f"{name}/weight": weights[name].contiguous() for name in names[number::2]}, file)
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
         facts = {
             "digest": "d1e5",
             "encoders": {"video": {"name": "signal-video", "version": "1", "frames": 4}},
@@ -72,19 +63,16 @@ def write_run(
             **(data or {}),
         }
         manifest = {
-            "format": checkpoint.FORMAT,
             "progress": {
                 "step": step,
                 "cursor": {"epoch": 1, "step": 0, "carried": 0},
                 "shots_seen": 12345,
                 "tokens_seen": 49380,
             },
-            "model": model.config.to_dict(),
-            "tensors": {name: list(tensor.shape) for name, tensor in weights.items()},
-            "files": files,
+            "model": json.loads(json.dumps(model.config.to_dict(), default=str)),
             "data": {key: value for key, value in facts.items() if key != drop},
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, default=str))
+        write_weights(folder, weights, manifest)
     if done:
         (run / "DONE").write_text(json.dumps({"step": steps[-1]}))
     return run

@@ -1,4 +1,4 @@
-"""The engines between which test_zero_state.py moves training state."""
+"""The engines between which test_zero_state.py moves training state, and the order of the moves."""
 
 from __future__ import annotations
 
@@ -6,52 +6,81 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """An engine's ZeRO stage and precision."""
+    """An engine: ZeRO stage, precision, optimizer in host memory or not, some parameters frozen or not."""
 
     stage: int
-    precision: str
+    precision: str = "fp32"
+    offload: bool = False
+    frozen: bool = False
 
     @property
     def name(self) -> str:
-        return f"zero{self.stage}-{self.precision}"
+        extras = "-offload" * self.offload + "-frozen" * self.frozen
+        return f"zero{self.stage}-{self.precision}{extras}"
 
 
-PLAIN = [Kind(stage, "fp32") for stage in range(4)]
-HALF = Kind(1, "bf16")
-MOVES = {
-    PLAIN[0]: [PLAIN[3]],
-    PLAIN[1]: [PLAIN[2]],
-    PLAIN[2]: [PLAIN[0]],
-    PLAIN[3]: [PLAIN[1]],
-    HALF: [PLAIN[1], Kind(3, "bf16")],
-}
-"""Every stage gives its state once and receives one at least once."""
+class Action(NamedTuple):
+    """Build an engine of a kind, restore the checkpoint `start` or make two steps, and look; then one step more."""
 
-_FULL = [
-    ("deepspeed.utils", "safe_get_full_fp32_param"),
-    ("deepspeed.utils", "safe_get_full_optimizer_state"),
+    kind: Kind
+    start: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Also of the checkpoint that is saved before the last step."""
+        return f"{self.start}-to-{self.kind.name}" if self.start else self.kind.name
+
+
+PLAIN = [Kind(stage) for stage in range(4)]
+HALF = [Kind(1, "bf16"), Kind(3, "bf16")]
+OFFLOADED = [Kind(2, offload=True), Kind(3, offload=True)]
+FROZEN = [Kind(0, frozen=True), Kind(3, frozen=True), Kind(1, "bf16", frozen=True)]
+PAIRS = [
+    *((source, target) for source in PLAIN for target in PLAIN),
+    (HALF[0], HALF[1]),
+    (HALF[1], HALF[0]),
+    (HALF[0], PLAIN[1]),
+    (PLAIN[2], HALF[1]),
+    (OFFLOADED[0], OFFLOADED[1]),
+    (OFFLOADED[1], PLAIN[1]),
+    (PLAIN[3], OFFLOADED[0]),
+    (FROZEN[0], FROZEN[1]),
+    (FROZEN[1], FROZEN[2]),
+    (FROZEN[2], FROZEN[0]),
 ]
+SOURCES = list(dict.fromkeys(source for source, _ in PAIRS))
+ON_TWO = [*map(Action, SOURCES), *(Action(target, source.name) for source, target in PAIRS)]
+"""All pairs of stages on two ranks."""
+
+FOUR = [Action(PLAIN[2]), Action(PLAIN[3]), Action(HALF[0])]
+ONE = [Action(PLAIN[3], FOUR[0].name), Action(PLAIN[0], FOUR[1].name), Action(PLAIN[1], FOUR[2].name)]
+TWO = [Action(PLAIN[1], ONE[0].name), Action(PLAIN[2], ONE[1].name), Action(HALF[1], ONE[2].name)]
+"""Four ranks (dp 2 x sp 2), then one, then two (sp 2)."""
+
 _LINKED = [
-    *_FULL,
-    ("deepspeed.utils", "safe_set_full_fp32_param"),
-    ("deepspeed.utils", "safe_set_full_optimizer_state"),
     ("optimizer", "_hp_optimizer_states_linked"),
     ("optimizer", "_lazy_init_hp_params_optimizer_state"),
     ("optimizer", "update_lp_params"),
+    ("parameter", "_hp_mapping"),
+    ("mapping", "lp_fragment_address.start"),
+    ("mapping", "get_hp_fragment"),
 ]
 _FRAGMENTS = [*_LINKED, ("optimizer", "single_partition_of_fp32_groups")]
 _PARTITIONED = [
-    *_FULL,
-    ("deepspeed.utils", "safe_set_local_fp32_param"),
-    ("deepspeed.utils", "safe_set_local_optimizer_state"),
     ("optimizer", "fp32_partitioned_groups_flat"),
+    ("optimizer", "_get_fp32_opt_state_partition"),
+    ("optimizer", "_reassign_or_swap_out_partitioned_parameters"),
+    ("optimizer", "persistent_parameters"),
     ("parameter", "ds_numel"),
+    ("parameter", "ds_shape"),
+    ("parameter", "ds_tensor"),
+    ("parameter", "partition"),
 ]
 PRIVATE = {
     PLAIN[0]: [],
     PLAIN[1]: _FRAGMENTS,
     PLAIN[2]: _FRAGMENTS,
     PLAIN[3]: _PARTITIONED,
-    HALF: [*_LINKED, ("optimizer", "fp32_groups_flat_partition")],
+    HALF[0]: [*_LINKED, ("optimizer", "fp32_groups_flat_partition")],
 }
 """Names of deepspeed that lmp/train/zero_state.py stands on."""

@@ -1,7 +1,9 @@
-"""Moves training state between engines of every ZeRO stage on two ranks; test_zero_state.py judges it."""
+"""Moves training state between engines by way of checkpoints; test_zero_state.py says which, and judges it."""
 
 from __future__ import annotations
 
+import json
+import operator
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +18,18 @@ from lmp.data.plan import PlanSettings
 from lmp.model import LmpForPretraining
 from lmp.objectives import build_objectives
 from lmp.parallel.mesh import Mesh, mesh
+from lmp.parallel.ulysses import UlyssesAttention
+from lmp.train.checkpoint import folder_of, restore
 from lmp.train.engine import Engine
+from lmp.train.run_folder import RunFolder
 from lmp.train.step import accumulate
 from lmp.train.trainer import model_config
-from lmp.train.zero_state import export_state, import_state
 from tests.runs import config_of
-from tests.train.cases import MOVES, PRIVATE, Kind
+from tests.train.cases import ON_TWO, ONE, PRIVATE, TWO, Action, Kind
+from tests.train.states import save, whole_state
 from tests.workers import save_findings
 
-Exported = dict[str, tuple[torch.Tensor, ...]]
+STEPS = 2
 
 
 @dataclass
@@ -36,18 +41,26 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.index = FilmIndex.load([self.shards])
-        plan = PlanSettings(seed=3, pack_shots=32, packs_per_step=4)
-        with PackLoader(self.index, plan, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size) as loader:
-            self.batches = [next(loader) for _ in range(3)]
+        here, plan = self.mesh, PlanSettings(seed=3, pack_shots=32, packs_per_step=4)
+        place = {"dp_rank": here.dp_rank, "dp_size": here.dp_size, "sp_rank": here.sp_rank, "sp_size": here.sequence}
+        with PackLoader(self.index, plan, **place) as loader:
+            self.batches = [next(loader) for _ in range(STEPS + 1)]
 
     def config(self, kind: Kind) -> Config:
-        raw = config_of(self.shards, parallel={"zero": kind.stage}, train={"precision": kind.precision})
-        return validate(raw, source="test")
+        extra = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if kind.offload else {}
+        parallel = {"zero": kind.stage, "sequence": self.mesh.sequence, "deepspeed": extra}
+        return validate(config_of(self.shards, parallel=parallel, train={"precision": kind.precision}), source="test")
 
     def engine(self, kind: Kind, *, seed: int) -> Engine:
         torch.manual_seed(seed)
         config = self.config(kind)
-        return Engine(LmpForPretraining(model_config(config, self.index)), config, self.mesh)
+        model = LmpForPretraining(model_config(config, self.index))
+        if self.mesh.sequence_group is not None:
+            model.set_attention(UlyssesAttention(self.mesh.sequence_group))
+        if kind.frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("contextual.audio" not in name)
+        return Engine(model, config, self.mesh)
 
     def step(self, engine: Engine, kind: Kind, number: int) -> None:
         config = self.config(kind)
@@ -56,49 +69,54 @@ class Bench:
         accumulate(engine, objectives, self.batches[number], config, rivals=False)
         engine.step(1e-3)
 
-
-def exported(engine: Engine) -> Exported:
-    return {name: tuple(part.detach().float().clone() for part in state) for name, state in export_state(engine)}
+    def do(self, action: Action, folder: Path, *, save_it: bool) -> dict[str, Any]:
+        """Carry out an action; what it finds."""
+        kind = action.kind
+        engine = self.engine(kind, seed=1 if action.start else 0)
+        if action.start:
+            restore(folder_of(RunFolder(folder / action.start), STEPS), engine)
+        else:
+            for number in range(STEPS):
+                self.step(engine, kind, number)
+        state = whole_state(engine)
+        if save_it:
+            save(engine, folder / action.name, step=STEPS)
+        missing = missing_names(engine, kind)
+        self.step(engine, kind, STEPS)
+        after = whole_state(engine)
+        engine.close()
+        return {"state": state, "after": after, "missing": missing}
 
 
 def missing_names(engine: Engine, kind: Kind) -> list[str]:
-    import deepspeed.utils
-
+    parameters = list(engine.module.parameters())
+    mappings = [getattr(p, "_hp_mapping", None) for p in parameters]
     where = {
-        "deepspeed.utils": deepspeed.utils,
         "optimizer": engine.optimizer,
-        "parameter": next(engine.module.parameters()),
+        "parameter": parameters[0],
+        "mapping": next((mapping for mapping in mappings if mapping is not None), None),
     }
-    return [f"{owner}.{name}" for owner, name in PRIVATE[kind] if not hasattr(where[owner], name)]
+    return [f"{owner}.{name}" for owner, name in PRIVATE.get(kind, []) if not _has(where[owner], name)]
+
+
+def _has(owner: Any, name: str) -> bool:
+    try:
+        operator.attrgetter(name)(owner)
+    except AttributeError:
+        return False
+    return True
 
 
 def main(folder: Path) -> None:
-    findings: dict[str, Any] = {"missing": {}, "moves": {}}
-    with mesh(1, timeout_minutes=2) as here:
-        bench = Bench(folder / "shards", here)
-        for source, targets in MOVES.items():
-            engine = bench.engine(source, seed=0)
-            findings["missing"][source.name] = missing_names(engine, source)
-            for number in range(2):
-                bench.step(engine, source, number)
-            before = exported(engine)
-            bench.step(engine, source, 2)
-            after = exported(engine)
-            engine.close()
-            for target in targets:
-                fresh = bench.engine(target, seed=1)
-                import_state(fresh, before.__getitem__, step=2)
-                moved = exported(fresh)
-                bench.step(fresh, target, 2)
-                stepped = exported(fresh)
-                fresh.close()
-                findings["moves"][source.name, target.name] = {
-                    "before": before,
-                    "moved": moved,
-                    "after": after,
-                    "stepped": stepped,
-                }
-    save_findings(folder, findings)
+    actions = [Action(Kind(*kind), start) for kind, start in json.loads((folder / "actions.json").read_text())]
+    sequence = 2 if "sp2" in folder.name else 1
+    with mesh(sequence, timeout_minutes=2) as here:
+        bench = Bench(folder.parent / "shards", here)
+        checkpoints = folder.parent / "checkpoints"
+        starts = {action.start for action in (*ON_TWO, *ONE, *TWO)}
+        found = {action.name: bench.do(action, checkpoints, save_it=action.name in starts) for action in actions}
+    # All ranks see the same whole state.
+    save_findings(folder, found if here.main else {})
 
 
 if __name__ == "__main__":
