@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
@@ -15,28 +17,57 @@ import torch.distributed as dist
 from lmp.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+REQUEUE_FILE = "LMP_STOP_FILE"
+"""The environment variable that may name a file which a batch script touches when the scheduler wants the nodes."""
+
+
+class Stop(IntEnum):
+    """Whether to stop. Of several wishes the largest counts, so a person's goes before a scheduler's."""
+
+    NO = 0
+    REQUEUE = 1
+    STAY = 2
 
 
 class StopRequest:
-    """A flag that a signal or a stop file sets; nothing else happens in a handler."""
+    """A wish that a signal or a file sets; nothing else happens in a handler.
 
-    def __init__(self, stop_file: Path) -> None:
-        self.stop_file = stop_file
+    SIGTERM, SIGUSR2 and the file that LMP_STOP_FILE names: save, stop, go on later, for a scheduler wants the nodes.
+    SIGINT and the stop file: save, stop, and stay so.
+
+    Args:
+        stop_file: of the run.
+        looks: whether this process looks for the files; one of a run is enough.
+    """
+
+    def __init__(self, stop_file: Path, *, looks: bool = True) -> None:
+        named = os.environ.get(REQUEUE_FILE)
+        files = [(stop_file, Stop.STAY)] + ([(Path(named), Stop.REQUEUE)] if named else [])
+        self._files = files if looks else []
+        self._process = os.getpid()
+        self.wish = Stop.NO
         self.reason: str | None = None
 
-    def __call__(self) -> bool:
-        if self.reason is None and self.stop_file.exists():
-            self.reason = f"the file {self.stop_file.name}"
-        return self.reason is not None
+    def __call__(self) -> Stop:
+        for file, wish in self._files:
+            if wish > self.wish and file.exists():
+                self.wish, self.reason = wish, f"the file {file.name}"
+        return self.wish
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        if os.getpid() == self._process:
+            wish = Stop.STAY if number == signal.SIGINT else Stop.REQUEUE
+            if wish > self.wish:
+                self.wish, self.reason = wish, signal.Signals(number).name
+        elif number != signal.SIGUSR2:  # a forked child has inherited the handler; it is to die as if it had none
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 @contextmanager
-def stop_requests(stop_file: Path) -> Iterator[StopRequest]:
-    """Listen for SIGTERM, SIGUSR2, SIGINT and the stop file while the context is open."""
-    request = StopRequest(stop_file)
+def stop_requests(stop_file: Path, *, looks: bool = True) -> Iterator[StopRequest]:
+    """Listen for signals and files while the context is open; see StopRequest."""
+    request = StopRequest(stop_file, looks=looks)
     before = {number: signal.signal(number, request._handle) for number in SIGNALS}
     try:
         yield request
@@ -49,7 +80,7 @@ def stop_requests(stop_file: Path) -> Iterator[StopRequest]:
 class Health:
     """What all ranks know about a step."""
 
-    stop: bool
+    stop: Stop
     bad: bool
     save: bool
     writing: bool
@@ -57,12 +88,12 @@ class Health:
     slowest_seconds: float
 
 
-def health_word(mesh: Mesh, *, stop: bool, bad: bool, save: bool, writing: bool, seconds: float) -> Health:
+def health_word(mesh: Mesh, *, stop: Stop, bad: bool, save: bool, writing: bool, seconds: float) -> Health:
     """Agree on a step with one small all-reduce. Collective.
 
     Args:
         mesh: where this process stands.
-        stop: this rank was asked to stop.
+        stop: what this rank was asked.
         bad: this rank saw a non-finite loss or gradient.
         save: this rank's clock says that a checkpoint is due.
         writing: this rank still writes its file of a checkpoint.
@@ -74,7 +105,7 @@ def health_word(mesh: Mesh, *, stop: bool, bad: bool, save: bool, writing: bool,
     dist.all_reduce(word, op=dist.ReduceOp.MAX)
     any_stop, any_bad, any_save, any_writing, slowest = word.tolist()
     return Health(
-        stop=bool(any_stop),
+        stop=Stop(any_stop),
         bad=bool(any_bad),
         save=bool(any_save),
         writing=bool(any_writing),

@@ -28,7 +28,7 @@ from lmp.train.checkpoint import Progress
 from lmp.train.checkpointer import Checkpointer, remove_leftovers
 from lmp.train.data import check_same_stream, data_facts, load_index, model_shape, plan_settings, stream_change
 from lmp.train.engine import Engine, learning_rate
-from lmp.train.health import health_word, stop_requests
+from lmp.train.health import Stop, StopRequest, health_word, stop_requests
 from lmp.train.metrics import Recorder
 from lmp.train.run_folder import RunFolder, code_state, write_atomic
 from lmp.train.step import accumulate
@@ -38,11 +38,19 @@ Resume = Literal["auto", "never"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a start of a run ended."""
+    """How a start of a run ended; the same on every rank, but for the words.
+
+    Attributes:
+        step: the last one made.
+        finished: whether it was the last of the run.
+        reason: in words.
+        requeue: whether a scheduler wanted the nodes, so that the run is to go on by itself.
+    """
 
     step: int
     finished: bool
     reason: str
+    requeue: bool = False
 
 
 def train(config: Config, run: Path, *, resume: Resume = "auto", new_data: bool = False) -> Outcome:
@@ -66,9 +74,12 @@ def train(config: Config, run: Path, *, resume: Resume = "auto", new_data: bool 
     if finished is not None and finished >= config.train.steps:
         return Outcome(step=finished, finished=True, reason="the run was finished already")
     index = load_index(config)
-    with mesh(config.parallel.sequence, timeout_minutes=config.parallel.timeout_minutes) as here:
+    with (
+        mesh(config.parallel.sequence, timeout_minutes=config.parallel.timeout_minutes) as here,
+        stop_requests(folder.stop, looks=here.main) as stop,
+    ):
         check_run(config, world_size=here.world_size, modalities=index.modalities)
-        return Start(config, folder, index, here).go(new_data=new_data)
+        return Start(config, folder, index, here).go(stop, new_data=new_data)
 
 
 class Start:
@@ -96,7 +107,7 @@ class Start:
             peak = peak_tflops(torch.cuda.get_device_name(here.device))
         self.peak_flops = peak * 1e12 * here.world_size if peak else None
 
-    def go(self, *, new_data: bool) -> Outcome:
+    def go(self, stop: StopRequest, *, new_data: bool) -> Outcome:
         """Restore, loop, leave."""
         progress = self._restore(new_data=new_data)
         if self.mesh.main:
@@ -130,7 +141,6 @@ class Start:
             with (
                 loader,
                 self.saver,
-                stop_requests(self.folder.stop) as stop,
                 Recorder(self.folder, steps=steps, start=progress.step, active=self.mesh.main) as recorder,
             ):
                 recorder.say(f"{self.folder.path}: from step {progress.step} of {steps}, {self._topology()}")
@@ -146,7 +156,7 @@ class Start:
                 write_atomic(self.folder.done, f'{{"step": {outcome.step}}}\n')
         return outcome
 
-    def loop(self, loader: PackLoader, stop: Any, recorder: Recorder, progress: Progress) -> Outcome:
+    def loop(self, loader: PackLoader, stop: StopRequest, recorder: Recorder, progress: Progress) -> Outcome:
         """Step after step; every rank takes every branch at the same step."""
         config, steps = self.config, self.config.train.steps
         saver = self.saver
@@ -199,7 +209,7 @@ class Start:
             if health.stop:
                 reason = stop.reason or "another process was asked to stop"
                 recorder.say(f"stopped by {reason} at step {step}; start again to go on")
-                return Outcome(step=step, finished=False, reason=reason)
+                return Outcome(step=step, finished=False, reason=reason, requeue=health.stop is Stop.REQUEUE)
 
     def _restore(self, *, new_data: bool) -> Progress:
         path, passed_over = checkpoint.newest_valid(self.folder, rank=self.mesh.rank, world_size=self.mesh.world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from lmp.config import OptimizerConfig
 from lmp.train.engine import learning_rate
-from lmp.train.health import SIGNALS, stop_requests
+from lmp.train.health import REQUEUE_FILE, SIGNALS, Stop, stop_requests
 
 
 def rates(steps: int, **settings: float) -> list[float]:
@@ -46,16 +47,47 @@ def test_beyond_the_last_step_the_rate_stays() -> None:
 def test_a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_requests(tmp_path / "STOP") as stop:
-        assert not stop()
+        assert stop() is Stop.NO
         os.kill(os.getpid(), number)
-        assert stop()
+        assert stop() is (Stop.STAY if number == signal.SIGINT else Stop.REQUEUE)
         assert stop.reason == number.name
     assert signal.getsignal(number) == before
 
 
-def test_a_file_asks_to_stop(tmp_path: Path) -> None:
+def test_the_stop_file_asks_to_stop_for_good(tmp_path: Path) -> None:
     with stop_requests(tmp_path / "STOP") as stop:
-        assert not stop()
+        assert stop() is Stop.NO
         (tmp_path / "STOP").touch()
-        assert stop()
+        assert stop() is Stop.STAY
         assert "STOP" in stop.reason
+
+
+def test_the_file_of_a_batch_script_asks_to_go_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REQUEUE_FILE, str(tmp_path / "stop-0"))
+    with stop_requests(tmp_path / "STOP") as stop, stop_requests(tmp_path / "STOP", looks=False) as other:
+        assert stop() is Stop.NO
+        (tmp_path / "stop-0").touch()
+        assert stop() is Stop.REQUEUE
+        assert other() is Stop.NO, "only one rank looks"
+        (tmp_path / "STOP").touch()
+        assert stop() is Stop.STAY, "a person's wish goes before a scheduler's"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() is Stop.STAY
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_forked_child_does_not_take_part(tmp_path: Path, number: signal.Signals) -> None:
+    with stop_requests(tmp_path / "STOP") as stop:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)  # handlers run between two instructions
+            finally:
+                os._exit(0 if stop() is Stop.NO else 1)
+        _, status = os.waitpid(child, 0)
+        if number == signal.SIGUSR2:
+            assert os.waitstatus_to_exitcode(status) == 0
+        else:
+            assert os.waitstatus_to_exitcode(status) == -number
+        assert stop() is Stop.NO
