@@ -126,7 +126,7 @@ class ParallelConfig(Section):
 
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     sequence: int = Field(1, ge=1, description="processes that share one pack (Ulysses)")
-    timeout_minutes: float = Field(10.0, gt=0, description="after which a silent peer is taken for dead")
+    timeout_minutes: float = Field(30.0, gt=0, description="after which a silent peer is taken for dead")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed keys, passed through")
 
 
@@ -158,6 +158,39 @@ class CheckpointConfig(Section):
     )
 
 
+class SpikeConfig(Section):
+    """When a loss or a gradient is far above what it was lately, and what is done then."""
+
+    action: Literal["none", "skip", "roll_back", "stop"] = Field(
+        "skip", description="none: count it only; else as health.non_finite"
+    )
+    window: int = Field(128, ge=8, description="steps remembered; nothing is judged before half of them are made")
+    sigmas: float = Field(10.0, gt=0, description="robust standard deviations above the median")
+    factor: float = Field(1.5, gt=1, description="and at least this many times the median")
+
+
+class HealthConfig(Section):
+    """What is done about steps that are not sound, ranks that are slow, and runs that do not move."""
+
+    non_finite: Literal["skip", "roll_back", "stop"] = Field(
+        "skip",
+        description="skip: leave out the update; roll_back: to the newest checkpoint and past the data since; stop",
+    )
+    spike: SpikeConfig = Field(default_factory=SpikeConfig)
+    max_skips_in_a_row: int = Field(10, ge=0, description="more updates left out one after another: roll back")
+    max_skips: int = Field(1000, ge=0, description="more updates left out in the whole run: roll back")
+    max_rollbacks: int = Field(3, ge=0, description="after more the run stops")
+    hang_seconds: float | None = Field(
+        600.0,
+        gt=0,
+        description="a rank that does not move for so long has hung; never more than 0.8 of parallel.timeout_minutes; "
+        "null: no watchdog",
+    )
+    straggler_percent: float = Field(
+        20.0, gt=0, description="ranks whose own time is so much above the median's are named"
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -171,6 +204,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
