@@ -108,8 +108,10 @@ class RunFolder:
             "host": platform.node(),
             **facts,
         }
-        with self.ledger.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.ledger.open("ab+") as file:
+            # A kill may have cut off the line before.
+            cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+            file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the metrics of steps that will be made again (and a line cut off by a kill)."""
