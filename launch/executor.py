@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def executor(
     folder = folder.resolve()
     if "%" in str(folder):
         raise UserError(f"{folder}: SLURM would replace the % in the path", remedy="name a folder without one")
-    made = Executor(folder, max_num_timeout=cluster.max_restarts, python=cluster.python)
+    python = shlex.quote(cluster.python or sys.executable)
+    made = Executor(folder, max_num_timeout=cluster.max_restarts, python=python)
     options: dict[str, Any] = {
         "kill-on-invalid-dep": "yes",
         "requeue": True,
@@ -105,8 +107,16 @@ def _setup(folder: Path, cluster: ClusterConfig, code: Path, run: Path | None) -
     lines += [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1 # else `python -m` looks into the working directory first",
-        f". {shlex.quote(str(code / 'slurm/step.sh'))} {shlex.quote(str(folder))} {cluster.max_restarts}",
     ]
+    if run is not None and cluster.preflight:
+        settings = {
+            "RUN": str(run),
+            "PYTHON": cluster.python or sys.executable,
+            "PREFLIGHT_SRUN": " ".join(cluster.srun),
+        }
+        lines.append("export " + " ".join(f"LMP_{name}={shlex.quote(value)}" for name, value in settings.items()))
+        lines.append(f". {shlex.quote(str(code / 'slurm/preflight.sh'))} && preflight")
+    lines.append(f". {shlex.quote(str(code / 'slurm/step.sh'))} {shlex.quote(str(folder))} {cluster.max_restarts}")
     return lines
 
 

@@ -21,6 +21,7 @@ from lmp.train.run_folder import RunFolder
 
 RECENT_STEPS = 20
 TAIL_BYTES = 1 << 18
+EVENT_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -233,4 +234,5 @@ def _steps(folder: RunFolder, record: JobRecord | None) -> int | None:
 
 def _event(event: dict[str, Any]) -> str:
     rest = {k: v for k, v in event.items() if k not in ("time", "event", "cursor", "data", "command", "bytes")}
-    return f"{event.get('time', '')} {event.get('event', '')}: " + ", ".join(f"{k} {v}" for k, v in rest.items())
+    line = f"{event.get('time', '')} {event.get('event', '')}: " + ", ".join(f"{k} {v}" for k, v in rest.items())
+    return line if len(line) <= EVENT_WIDTH else line[: EVENT_WIDTH - 3] + "..."

@@ -104,7 +104,10 @@ class ClusterConfig(BaseModel):
         None, min_length=1, description="shell file of the cluster's NCCL and network settings, sourced by the job"
     )
     python: str | None = Field(
-        None, min_length=1, description="how the job starts Python, such as a path on the nodes; null: this Python"
+        None, min_length=1, description="path of Python on the nodes, or in their container; null: this Python"
+    )
+    preflight: bool = Field(
+        True, description="look at every node before each start, and leave out the bad ones (slurm/preflight.sh)"
     )
     signal_seconds: int = Field(
         120, ge=10, description="SIGUSR2 comes so long before the time limit: more than a step and a checkpoint take"
