@@ -52,7 +52,7 @@ class TrainJob:
                 return self._run(console)
             except UserError as error:
                 print(f"error: {error}", file=console)
-                _leave(EXIT_USER, f"error: {error}", told=True)
+                _leave(EXIT_USER, f"error: {error}", told=EXIT_USER)
             except Exception as error:
                 # Mostly a dead peer. No result may be left behind: the batch script puts the job back in the queue.
                 traceback.print_exc()
@@ -71,9 +71,6 @@ class TrainJob:
             # SLURM 24.11 starts a finished job again that was requeued in its grace time.
             print(f"the run was finished already, at step {finished}")
             return {"step": finished, "finished": True}
-        if place.restart and folder.stop.exists():
-            # Asked to stop, and ended otherwise before it could: a job that was cancelled does not begin anew.
-            _leave(EXIT_DONE, f"stopped by the file {folder.stop.name}")
         if place.rank == 0:
             self._launch(folder, place, config, console)
         place.export()
@@ -100,11 +97,15 @@ class TrainJob:
         if shutil.which("scontrol"):
             check_free(folder.path, job=place.job)
         reason = refused(ledger(folder), **facts, checkpoint=checkpoint, cluster=config.cluster)
+        if place.restart and folder.stop.exists():
+            # Asked to stop, but it ended otherwise before it could. The exit code makes srun end the other processes.
+            folder.stop.unlink()
+            _leave(EXIT_AGAIN, f"stopped by the file {folder.stop.name}", told=EXIT_DONE)
         if reason is not None:
             folder.note("refused", **facts, reason=reason)
             remedy = f"read {folder.logs / 'rank-0000.log'}, mend it, and submit again"
             print(f"error: {reason} -> {remedy}", file=console)
-            _leave(EXIT_RESTARTS, f"error: {reason} -> {remedy}", told=True)
+            _leave(EXIT_RESTARTS, f"error: {reason} -> {remedy}", told=EXIT_RESTARTS)
         self._keep_record(folder, place)
         folder.note("launch", **facts, checkpoint=checkpoint, world_size=place.world_size, code=str(_code()))
 
@@ -168,16 +169,16 @@ def _code() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def _leave(code: int, words: str, *, told: bool = False) -> NoReturn:
+def _leave(code: int, words: str, *, told: int | None = None) -> NoReturn:
     """End this process without unwinding: no peer may be waited for, no result be left.
 
     Args:
         code: the exit code.
         words: the last line of the log.
-        told: the batch script is to end with this code, whatever becomes of the other processes.
+        told: what the batch script is to end with, whatever becomes of the other processes.
     """
-    if told:
-        tell("exit", str(code))
+    if told is not None:
+        tell("exit", str(told))
     if words:
         print(words)
     sys.stdout.flush()

@@ -22,6 +22,7 @@ from lmp.train.run_folder import RunFolder
 RECENT_STEPS = 20
 TAIL_BYTES = 1 << 18
 EVENT_WIDTH = 160
+STARTS_AND_ENDS = {"submit", "launch", "start", "stop", "failure", "requeue", "refused"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Status:
         return lines + [f"  {_event(event)}" for event in self.events]
 
 
-def status(run: Path, *, events: int = 6) -> Status:
+def status(run: Path, *, events: int = 8) -> Status:
     """Read a run's status.
 
     Raises:
@@ -119,7 +120,7 @@ def status(run: Path, *, events: int = 6) -> Status:
         checkpoint=checkpoints[-1].name if checkpoints else None,
         checkpoint_age=time.time() - checkpoints[-1].stat().st_mtime if checkpoints else None,
         finished=finished,
-        events=told[-events:] if events else [],
+        events=[event for event in told if event.get("event") != "saved"][-events:],
     )
 
 
@@ -164,7 +165,7 @@ def cancel(run: Path, *, now: bool) -> str:
     state = state_of(record)
     if is_over(state):
         return f"job {record.job} is over already ({state})"
-    if not now and state == "RUNNING" and _trains(folder, record.job):
+    if not now and state == "RUNNING" and _trains(folder):
         folder.stop.touch()
         folder.note("cancel", job=record.job, how="asked to save and stop")
         return f"job {record.job} was asked to save and stop, which it does at its next step; --now does not wait"
@@ -193,14 +194,10 @@ def _folder(run: Path) -> RunFolder:
     return folder
 
 
-def _trains(folder: RunFolder, job: str) -> bool:
-    """Whether the job's newest start has come as far as the training loop, which looks for the stop file."""
-    for event in reversed(ledger(folder)):
-        if event.get("event") == "start":
-            return True
-        if event.get("event") == "launch" and event.get("job") == job:
-            return False
-    return False
+def _trains(folder: RunFolder) -> bool:
+    """Whether the newest start has come as far as the training loop, which looks for the stop file."""
+    last = next((e["event"] for e in reversed(ledger(folder)) if e.get("event") in STARTS_AND_ENDS), None)
+    return last == "start"
 
 
 def _newest_metrics(folder: RunFolder) -> list[dict[str, Any]]:

@@ -152,6 +152,14 @@ def test_a_crash_loop_is_refused_with_its_reason(tmp_path: Path, slurm: FakeSlur
     assert last["event"] == "refused" and "crash loop" in last["reason"]
 
 
+def test_a_job_that_was_asked_to_stop_does_not_begin_anew(tmp_path: Path, slurm: FakeSlurm) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").touch()
+    assert task(tmp_path, slurm, SLURM_RESTART_COUNT="1").returncode == 75, "the others are to be ended by srun"
+    assert "exit 0" in (tmp_path / "handover").read_text()
+    assert not (tmp_path / "run/STOP").exists()
+
+
 def test_a_users_mistake_is_one_line_and_no_requeue(tmp_path: Path, slurm: FakeSlurm) -> None:
     done = task(tmp_path, slurm)  # there are no shards
     assert done.returncode == 2, done.stderr
@@ -217,6 +225,7 @@ def batch(tmp_path: Path, slurm: FakeSlurm) -> Batch:
         ("kill -9 $$", 99, True),
         ("exit 1", 99, True),
         ("echo exit 2 >> $LMP_HANDOVER; exit 143", 2, False),
+        ("echo exit 0 >> $LMP_HANDOVER; exit 75", 0, False),
         ("echo exit 3 >> $LMP_HANDOVER; kill -9 $$", 3, False),
         ("echo requeue SIGUSR2 >> $LMP_HANDOVER", 99, True),
     ],
