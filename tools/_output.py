@@ -30,7 +30,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, part: bool = True) 
 
 def run_command(command: Callable[[argparse.Namespace], str], parser: argparse.ArgumentParser, argv: Any) -> int:
     """Parse, run, print the one line that the command gives; returns the exit code."""
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         said = command(arguments)
     except UserError as error:
