@@ -42,6 +42,20 @@ def register(data: Any) -> None:
         "--shots", type=Path, metavar="FOLDER", help="a shot list per film, or KEY.npy in milliseconds"
     )
     imports.add_argument("--fps", type=float, help="turns the frames of shot lists into time")
+    imports.add_argument(
+        "--stride",
+        action="append",
+        default=[],
+        metavar="NAME=STEP",
+        help="rows of NAME come at a fixed rate, every 0.96 (seconds) or 16f (frames): each shot gets their mean",
+    )
+    imports.add_argument(
+        "--suffix",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="files and data sets of NAME are called KEYTEXT, as KEY_vggish.npy",
+    )
     imports.add_argument("--tars", nargs="+", type=Path, metavar="TAR", help="tars of one sample per shot, or folders")
     imports.add_argument(
         "--film-pattern",
@@ -85,11 +99,17 @@ def _index(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     import torch
 
+    from lmp.data.grids import Grid
     from lmp.data.import_tars import FILM_PATTERN, Feature, Naming, import_tars
     from lmp.data.imports import ShotLists, Target, import_films
     from lmp.data.leave_out import LeaveOut
 
-    features = _named_sources(arguments.feature)
+    features = _named("--feature", arguments.feature, "SOURCE")
+    suffixes, strides = _named("--suffix", arguments.suffix, "TEXT"), _named("--stride", arguments.stride, "STEP")
+    if unknown := [name for name in (*suffixes, *strides) if name not in features]:
+        raise UserError(f"--stride or --suffix of {unknown[0]}", remedy="name a modality that --feature names")
+    if arguments.tars and (suffixes or strides):
+        raise UserError("--stride and --suffix with --tars", remedy="leave them out: such tars hold a sample per shot")
     _check_local(
         [arguments.out, *(arguments.tars or []), arguments.shots, *([] if arguments.tars else features.values())]
     )
@@ -114,7 +134,13 @@ def _import(arguments: argparse.Namespace) -> int:
     elif shots is None:
         raise UserError("no shots are given", remedy="give --shots FOLDER with a list per film")
     else:
-        manifest = import_films(target, {name: Path(source) for name, source in features.items()}, shots)
+        manifest = import_films(
+            target,
+            {name: Path(source) for name, source in features.items()},
+            shots,
+            grids={name: Grid.parse(word) for name, word in strides.items()},
+            suffixes=suffixes,
+        )
     print(f"{manifest['films']} films, {manifest['shots']} shots -> {arguments.out}")
     if target.leave_out is not None:
         print(f"{len(target.refused)} films refused, being on {', '.join(target.leave_out.files)}")
@@ -124,16 +150,16 @@ def _import(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _named_sources(words: list[str]) -> dict[str, str]:
-    features: dict[str, str] = {}
+def _named(option: str, words: list[str], what: str) -> dict[str, str]:
+    found: dict[str, str] = {}
     for word in words:
-        name, equals, source = word.partition("=")
-        if not (name and equals and source):
-            raise UserError(f"--feature {word}: is not NAME=SOURCE", remedy="write for example --feature video=FOLDER")
-        if name in features:
-            raise UserError(f"--feature {name} is given twice", remedy="give every modality once")
-        features[name] = source
-    return features
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{option} {word}: is not NAME={what}", remedy=f"write for example {option} video={what}")
+        if name in found:
+            raise UserError(f"{option} {name} is given twice", remedy="give every modality once")
+        found[name] = value
+    return found
 
 
 def _check_local(locations: list[Any]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lmp.data.arrays import H5_KINDS, KINDS, open_h5, read_array, read_h5, to_stored
+from lmp.data.grids import Grid, to_shots
 from lmp.data.leave_out import LeaveOut
 from lmp.data.manifest import Manifest
 from lmp.data.record import KEY_PATTERN
@@ -108,7 +109,14 @@ class ShotLists:
         return found.astype(np.int32)
 
 
-def import_films(target: Target, features: Mapping[str, Path], shots: ShotLists) -> Manifest:
+def import_films(
+    target: Target,
+    features: Mapping[str, Path],
+    shots: ShotLists,
+    *,
+    grids: Mapping[str, Grid] | None = None,
+    suffixes: Mapping[str, str] | None = None,
+) -> Manifest:
     """Write shards of features that lie in a file or data set per film.
 
     Args:
@@ -116,12 +124,16 @@ def import_films(target: Target, features: Mapping[str, Path], shots: ShotLists)
         features: NAME -> a folder of KEY.npy, KEY.h5, ... or an HDF5 file with a data set (or group) per KEY;
             each [S, D] or [S, K, D] of floats. The films are all that any of them holds, by sorted key.
         shots: of each film.
+        grids: of the modalities whose rows come at a fixed rate rather than one per shot.
+        suffixes: NAME -> what follows the key in the names of files and data sets.
 
     Raises:
         UserError: names film and modality. Nothing is written.
     """
     with ExitStack() as stack:
-        sources = {name: _open_source(name, path, stack) for name, path in features.items()}
+        sources = {
+            name: _open_source(name, path, (suffixes or {}).get(name, ""), stack) for name, path in features.items()
+        }
         keys = sorted({key for source in sources.values() for key in source.keys})
         keys = [key for key in keys if not target.refuses(key)]
         _check_keys(keys, sources, target)
@@ -131,7 +143,7 @@ def import_films(target: Target, features: Mapping[str, Path], shots: ShotLists)
                 widths[name] = _tokens(source, min(source.keys), name)[:1]
         with target.writer() as writer:
             for key in tracked(keys, "importing films"):
-                writer.write(_film(key, sources, shots, widths, target.dtype))
+                writer.write(_film(key, sources, shots, widths, target, grids or {}))
             return writer.close()
 
 
@@ -157,21 +169,24 @@ class _Source(Protocol):
 
 
 class _Folder:
-    """KEY.npy, KEY.h5 and the like."""
+    """KEY.npy, KEY.h5 and the like; or KEY and a suffix."""
 
-    def __init__(self, modality: str, folder: Path) -> None:
+    def __init__(self, modality: str, folder: Path, suffix: str) -> None:
         self._modality = modality
         self._paths: dict[str, Path] = {}
         for path in sorted(folder.iterdir()):
             if path.name.startswith(".") or path.suffix.removeprefix(".").lower() not in (*KINDS, *H5_KINDS):
                 continue
-            if (other := self._paths.get(path.stem)) is not None:
+            if not path.stem.endswith(suffix):
+                continue
+            key = path.stem.removesuffix(suffix)
+            if (other := self._paths.get(key)) is not None:
                 raise UserError(f"{folder} holds {other.name} and {path.name}", remedy="keep one file per film")
-            self._paths[path.stem] = path
+            self._paths[key] = path
         if not self._paths:
             raise UserError(
                 f"{folder} holds no features of {modality}",
-                remedy=f"give a folder of KEY.TYPE, one per film, TYPE of {', '.join((*KINDS, *H5_KINDS))}",
+                remedy=f"give a folder of KEY{suffix}.TYPE, one per film, TYPE of {', '.join((*KINDS, *H5_KINDS))}",
             )
         self.keys = set(self._paths)
 
@@ -191,28 +206,28 @@ class _Folder:
 class _H5File:
     """One HDF5 file, with a data set or a group per film at its top."""
 
-    def __init__(self, modality: str, path: Path, stack: ExitStack) -> None:
-        self._modality, self._path = modality, path
+    def __init__(self, modality: str, path: Path, suffix: str, stack: ExitStack) -> None:
+        self._modality, self._path, self._suffix = modality, path, suffix
         self._file = stack.enter_context(open_h5(path))
-        self.keys = set(self._file.keys())
+        self.keys = {name.removesuffix(suffix) for name in self._file if name.endswith(suffix)}
         if not self.keys:
             raise UserError(f"{path} holds no data set", remedy="give one data set per film, named by its key")
 
     def read(self, key: str) -> torch.Tensor:
-        return read_h5(self._file[key], modality=self._modality, where=self.place(key))
+        return read_h5(self._file[key + self._suffix], modality=self._modality, where=self.place(key))
 
     def place(self, key: str) -> str:
-        return f"{self._path}, {key}"
+        return f"{self._path}, {key}{self._suffix}"
 
 
-def _open_source(modality: str, path: Path, stack: ExitStack) -> _Source:
+def _open_source(modality: str, path: Path, suffix: str, stack: ExitStack) -> _Source:
     if path.is_dir():
-        return _Folder(modality, path)
+        return _Folder(modality, path, suffix)
     if not path.is_file():
         raise UserError(f"{path}, features of {modality}, is not there", remedy="give a folder, or an HDF5 file")
     if path.suffix.removeprefix(".").lower() not in H5_KINDS:
         raise UserError(f"{path} is neither a folder nor a .h5 file", remedy="give a folder with one file per film")
-    return _H5File(modality, path, stack)
+    return _H5File(modality, path, suffix, stack)
 
 
 def _check_keys(keys: list[str], sources: Mapping[str, _Source], target: Target) -> None:
@@ -238,7 +253,8 @@ def _film(
     sources: Mapping[str, _Source],
     shots: ShotLists,
     widths: Mapping[str, torch.Tensor],
-    dtype: torch.dtype | None,
+    target: Target,
+    grids: Mapping[str, Grid],
 ) -> FilmRecord:
     """One film; `widths` has a row [1, K, D] of each modality that some film lacks."""
     shots_S2 = shots.of(key)
@@ -247,14 +263,17 @@ def _film(
     for name, source in sources.items():
         present = key in source.keys
         rows_SKD = _tokens(source, key, name) if present else torch.zeros_like(widths[name]).repeat(count, 1, 1)
+        where = f"film {key}, modality {name}: {source.place(key) if present else 'missing'}"
+        valid[name] = torch.full((count,), present)
+        if present and name in grids:
+            step_ms = grids[name].step_ms(shots.fps, where)
+            rows_SKD, valid[name] = to_shots(rows_SKD, shots_S2, step_ms, where=where, strict=not target.allow_missing)
         if len(rows_SKD) != count:
             raise UserError(
-                f"film {key}, modality {name}: {source.place(key)} has {len(rows_SKD)} rows, "
-                f"but {shots.folder} lists {count} shots",
-                remedy="give one row per shot",
+                f"{where} has {len(rows_SKD)} rows, but {shots.folder} lists {count} shots",
+                remedy="give one row per shot, or tell their rate with --stride",
             )
-        features[name] = to_stored(rows_SKD, dtype, f"film {key}, modality {name}")
-        valid[name] = torch.full((count,), present)
+        features[name] = to_stored(rows_SKD, target.dtype, f"film {key}, modality {name}")
     info = {} if shots.fps is None else {"fps": shots.fps}
     return FilmRecord(key, info, shots_S2, features, valid)
 
