@@ -33,12 +33,13 @@ preflight_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
 # STAGE ARGUMENT...: one task on each node; prints what the tasks print.
 preflight_stage() {
-  # A task that cannot start Python still gives a verdict; a node that cannot start a task gives none.
+  # A task that cannot start Python still gives a verdict; a node that cannot start a task gives none. SIGUSR2 is
+  # meant for the training: whoever sends it now (a preemption) goes on to end the job, and nothing is lost.
   # shellcheck disable=SC2086
   timeout --kill-after=10 "${LMP_PREFLIGHT_LIMIT:-300}" \
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --kill-on-bad-exit=0 --wait=0 --unbuffered ${LMP_PREFLIGHT_SRUN:-} \
-    bash -c '"$0" -m lmp.scaling.preflight "$@" || echo "PREFLIGHT bad $SLURMD_NODENAME python: exit code $?"' \
+    bash -c 'trap "" USR2; "$0" -m lmp.scaling.preflight "$@" || echo "PREFLIGHT bad $SLURMD_NODENAME python: exit code $?"' \
     "${LMP_PYTHON:-python}" "$@" </dev/null 2>&1
 }
 
@@ -93,6 +94,10 @@ preflight_leave_out() {
     preflight_say "stopped: without ${excluded[*]} partition $SLURM_JOB_PARTITION has fewer than $SLURM_JOB_NUM_NODES nodes"
     exit 3
   fi
+  if [ "$(preflight_job_field JobState)" != RUNNING ]; then
+    preflight_say "not requeued: the job is $(preflight_job_field JobState)"
+    exit 0
+  fi
   # A requeue sends SIGTERM to this script. The excluded nodes of a job can be changed only while it is pending, and
   # it cannot start again before this script has ended.
   trap '' TERM
@@ -103,6 +108,8 @@ preflight_leave_out() {
   for try in 1 2 3 4 5 6 7 8 9 10; do
     if scontrol update JobId="$(preflight_job)" ExcNodeList="$(printf '%s\n' "${excluded[@]}" | sort -u | paste -sd, -)"; then
       preflight_say "requeued without ${excluded[*]} (try $try)"
+      printf '{"time": "%s", "event": "requeue", "host": "%s", "job": "%s", "restart": %s, "reason": "bad nodes: %s"}\n' \
+        "$(date '+%Y-%m-%dT%H:%M:%S%z')" "$(hostname)" "$(preflight_job)" "$restart" "${excluded[*]}" >>"$LMP_RUN/ledger.jsonl"
       exit 0
     fi
     sleep 0.5
