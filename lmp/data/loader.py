@@ -128,6 +128,7 @@ class PackLoader:
         # the process if they are inside torch at that moment, and its exit code is lost.
         self._pool = ThreadPoolExecutor(threads, "lmp-read") if threads else None
         self._reading: deque[tuple[Cursor, list[_Task]]] = deque()
+        self._awaited: list[_Task] = []
         self._prepared = self._next.epoch
         self._fetched, self._steps_fetched = self._next, 0
         self._closed = False
@@ -140,19 +141,23 @@ class PackLoader:
             raise StopIteration
         try:
             if self._pool is None:
-                cursor, tasks = self._take()
-                return StepBatch(cursor, [task() for task in tasks])
+                cursor, self._awaited = self._take()
+                return StepBatch(cursor, [task() for task in self._awaited])
             while len(self._reading) <= self._read_ahead:
                 cursor, tasks = self._take()
                 for task in tasks:
                     task.future = self._pool.submit(task)
                 self._reading.append((cursor, tasks))
                 self._prepare(cursor.epoch + 1, self._pool)
-            cursor, tasks = self._reading.popleft()
-            return StepBatch(cursor, [self._wait(cursor, task) for task in tasks])
+            cursor, self._awaited = self._reading.popleft()
+            return StepBatch(cursor, [self._wait(cursor, task) for task in self._awaited])
         except BaseException:
             self.close()
             raise
+
+    def awaited(self) -> list[str]:
+        """What is being read for the step that was asked for last, by film; safe from any thread."""
+        return [what for task in self._awaited if not (task.future and task.future.done()) for what in task.reads()]
 
     def close(self) -> None:
         """Stop the threads and drop what was read ahead; the iterator ends."""
@@ -232,6 +237,11 @@ class _Task:
     def where(self) -> str:
         """What is being read, or was last; empty before that."""
         return "; ".join(self._index.place(p.film, f"shot {p.start} on") for p in self.parts)
+
+    def reads(self) -> list[str]:
+        """The films that are being read or, before that, will be."""
+        films = [part.film for part in self.parts] or [window.film for window in self._pack.windows]
+        return [self._index.keys[film] for film in films]
 
     def _at(self, parts: list[Part]) -> None:
         self.parts = parts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +155,7 @@ class _Alternating:
 
     def __init__(self, loader: PackLoader, bare: _BareLoop, device: torch.device, *, steps: int) -> None:
         self.loader, self.bare, self.device, self.steps = loader, bare, device, steps
-        self.stream = loader.stream
+        self.stream, self.awaited = loader.stream, loader.awaited
         self.seconds: dict[str, list[float]] = {}
         self._given: float | None = None
 
@@ -161,9 +163,9 @@ class _Alternating:
         """Time the updates of the trainer's engine."""
         update = engine.step
 
-        def timed(lr: float) -> float:
+        def timed(lr: float, allow: Callable[[float], bool] = math.isfinite) -> float:
             began = self._now()
-            norm = update(lr)
+            norm = update(lr, allow)
             self._note("trainer_update", began)
             return norm
 

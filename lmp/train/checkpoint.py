@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -44,12 +44,13 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done, and where in the stream it goes on."""
+    """What a run has done, and where in the stream it goes on; `health` is what policy.Memory holds."""
 
     step: int
     cursor: Cursor
     shots_seen: int
     tokens_seen: int
+    health: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Progress:
@@ -93,14 +94,16 @@ def found(folder: RunFolder) -> list[Path]:
     return sorted((p for p in folder.checkpoints.glob("step-*") if p.suffix != ".tmp" and p.is_dir()), reverse=True)
 
 
-def newest_valid(folder: RunFolder, *, rank: int = 0, world_size: int = 1) -> tuple[Path | None, list[str]]:
+def newest_valid(
+    folder: RunFolder, *, rank: int = 0, world_size: int = 1, before: int | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole. Collective when there are several processes: they share the work and agree.
 
     Returns:
         the folder (None when there is none), and why newer ones were passed over.
     """
     # All look at the list of one, for a shared file system need not show all the same at once.
-    listed = [path.name for path in found(folder)]
+    listed = [path.name for path in found(folder) if before is None or step_of(path) < before]
     if world_size > 1:
         told: list[Any] = [listed]
         dist.broadcast_object_list(told, src=0)

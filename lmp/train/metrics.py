@@ -33,11 +33,8 @@ class Recorder:
         self.active = active
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.drop_metrics_after(start)
-        self._lines = folder.metrics.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder.tensorboard), purge_step=start + 1 if start else None)
+        self._folder = folder
+        self._open(start)
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -57,6 +54,20 @@ class Recorder:
         """A line above the progress bar."""
         if self.active:
             self._bar.console.print(text, highlight=False, markup=False)
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after this one; they will be made again."""
+        if self.active:
+            self._lines.close()
+            self._events.close()
+            self._open(step)
+
+    def _open(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder.drop_metrics_after(start)
+        self._lines = self._folder.metrics.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(self._folder.tensorboard), purge_step=start + 1 if start else None)
 
     def step(self, facts: dict[str, Any]) -> None:
         """Record one step; `facts` holds "step", "loss", "shots_per_second" and more; text goes into lines only."""

@@ -122,7 +122,7 @@ def _start_of(folder: RunFolder, step: int) -> tuple[Cursor | None, int, str | N
             event = json.loads(line)
         except json.JSONDecodeError:
             continue  # cut off by a kill
-        if event["event"] == "start" and event["step"] < step:
+        if event["event"] in ("start", "rollback") and event["step"] < step:
             found = (Cursor(**event["cursor"]), event["step"], event["data"])
     return found
 

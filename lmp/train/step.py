@@ -75,11 +75,13 @@ def accumulate(
         rivals: whether to measure the cheap rivals too.
     """
     mesh = engine.mesh
+    engine.watch.enter("counting")
     packs = [pack.to(mesh.device) for pack in batch.packs]
     views = [objective_batch(pack, config) for pack in packs]
     work = whole_step if config.objectives.scope == "step" else pack_by_pack
     sums = work(engine, objectives, packs, views, rivals=rivals)
     weights = [objective.weight for objective in objectives]
+    engine.watch.enter("summing", micro_batch=0)
     means = reduce_metrics(sums.parts, list(sums.parts), mesh.device)
     losses = [means.get(f"loss/{objective.name}", 0.0) for objective in objectives]
     loss = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +29,12 @@ from lmp.train.checkpoint import Progress
 from lmp.train.checkpointer import Checkpointer, remove_leftovers
 from lmp.train.data import check_same_stream, data_facts, load_index, model_shape, plan_settings, stream_change
 from lmp.train.engine import Engine, learning_rate
-from lmp.train.health import Stop, StopRequest, health_word, stop_requests
+from lmp.train.health import Pace, Stop, StopRequest, health_word, stop_requests
 from lmp.train.metrics import Recorder
+from lmp.train.policy import Action, Memory, Policy, Verdict
 from lmp.train.run_folder import RunFolder, code_state, write_atomic
 from lmp.train.step import accumulate
+from lmp.train.watchdog import watchdog
 
 Resume = Literal["auto", "never"]
 
@@ -63,8 +66,7 @@ def train(config: Config, run: Path, *, resume: Resume = "auto", new_data: bool 
         new_data: where the data or its mixture differ from the checkpoint's, go on with an epoch of what is there now.
 
     Raises:
-        UserError: configuration, data or folder do not fit.
-        RuntimeError: loss or gradient became non-finite; nothing is saved.
+        UserError: configuration, data or folder do not fit, or section `health` asks to stop at an unsound step.
     """
     folder = RunFolder(run)
     finished = folder.finished_step()
@@ -109,6 +111,16 @@ class Start:
 
     def go(self, stop: StopRequest, *, new_data: bool) -> Outcome:
         """Restore, loop, leave."""
+        with watchdog(self.engine.watch, self.folder, self.mesh, self.config):
+            outcome = self._go(stop, new_data=new_data)
+        self.engine.close()
+        if self.mesh.main:
+            self.folder.note("stop", step=outcome.step, finished=outcome.finished, reason=outcome.reason)
+            if outcome.finished:
+                write_atomic(self.folder.done, f'{{"step": {outcome.step}}}\n')
+        return outcome
+
+    def _go(self, stop: StopRequest, *, new_data: bool) -> Outcome:
         progress = self._restore(new_data=new_data)
         if self.mesh.main:
             self.folder.open(self.config)
@@ -144,46 +156,58 @@ class Start:
                 Recorder(self.folder, steps=steps, start=progress.step, active=self.mesh.main) as recorder,
             ):
                 recorder.say(f"{self.folder.path}: from step {progress.step} of {steps}, {self._topology()}")
-                outcome = self.loop(loader, stop, recorder, progress)
+                return self.loop(loader, stop, recorder, progress)
         except BaseException as error:
             if self.mesh.main:
                 self.folder.note("failure", error=str(error)[:500])
             raise
-        self.engine.close()
-        if self.mesh.main:
-            self.folder.note("stop", step=outcome.step, finished=outcome.finished, reason=outcome.reason)
-            if outcome.finished:
-                write_atomic(self.folder.done, f'{{"step": {outcome.step}}}\n')
-        return outcome
 
     def loop(self, loader: PackLoader, stop: StopRequest, recorder: Recorder, progress: Progress) -> Outcome:
         """Step after step; every rank takes every branch at the same step."""
-        config, steps = self.config, self.config.train.steps
-        saver = self.saver
+        config, steps, engine, saver = self.config, self.config.train.steps, self.engine, self.saver
+        policy = Policy(config.health, Memory.from_json(progress.health))
+        pace = Pace(self.mesh, percent=config.health.straggler_percent, say=self._tell)
         while True:
+            step = progress.step + 1
+            engine.watch.begin_step(step, loader.awaited)
             waited = time.perf_counter()
             batch = next(loader)
             began = time.perf_counter()
-            step = progress.step + 1
+            engine.watch.films = partial(self._films, batch)
             full = step % config.train.log_every == 0 or step in (1, steps)
-            losses = accumulate(self.engine, self.objectives, batch, config, rivals=full)
-            if not math.isfinite(losses.loss):
-                raise RuntimeError(self._non_finite("loss", step, batch))
+            own = engine.timed(exact=full)
+            losses = accumulate(engine, self.objectives, batch, config, rivals=full)
             lr = learning_rate(step - 1, steps=steps, settings=config.optimizer)
-            norm = self.engine.step(lr)
-            shots = loader.stream.shots(batch.cursor)
-            progress = self._advance(progress, loader.stream.next(batch.cursor), shots)
+            norm = engine.step(lr, policy.gate(losses.loss))
+            verdict = policy.judge(losses.loss, norm)
+            engine.watch.enter("agreeing")
             seconds = time.perf_counter() - began
+            own_seconds = began - waited + own.seconds
             health = health_word(
                 self.mesh,
                 stop=stop(),
-                bad=not math.isfinite(norm),
                 save=saver.overdue,
                 writing=saver.writing,
-                seconds=seconds,
+                verdict=verdict.action,
+                seconds=own_seconds,
             )
-            if health.bad:
-                raise RuntimeError(self._non_finite("gradient", step, batch))
+            policy.take(verdict, losses.loss, norm)
+            shots, cursor = loader.stream.shots(batch.cursor), loader.stream.next(batch.cursor)
+            if verdict.reason:
+                self._tell(f"step {step}: {self._words(verdict, batch)}", "unsound step", step=step)
+            if verdict.action is Action.STOP:
+                raise UserError(
+                    f"step {step}: {self._words(verdict, batch)}",
+                    remedy="lower optimizer.lr, look at those films, or allow more in section health; nothing was "
+                    "saved since",
+                )
+            if verdict.action is Action.ROLL_BACK:
+                progress = self._roll_back(policy, progress, cursor, recorder)
+                continue
+            progress = self._advance(progress, cursor, shots, policy.memory)
+            if full:
+                pace.compare(step, own_seconds)
+            engine.watch.enter("recording")
             recorder.step(
                 {
                     "step": step,
@@ -193,12 +217,17 @@ class Start:
                     **(losses.means if full else losses.by_objective()),
                     "lr": lr,
                     "grad_norm": norm,
+                    "skipped": policy.memory.skips,
+                    "rollbacks": policy.memory.rollbacks,
+                    "spikes": policy.memory.spikes,
                     "seconds_waiting_for_data": began - waited,
                     "seconds_saving": saver.seconds_stalled(),
                     "slowest_rank": health.slowest_rank,
+                    **(pace.facts if full else {}),
                     **self._rates(batch, shots, began - waited + seconds),
                 }
             )
+            engine.watch.enter("saving")
             saver.poll(writing=health.writing)
             if health.stop or step == steps:
                 saver.save_last(progress)
@@ -232,15 +261,45 @@ class Start:
             print(f"{path.name}: restored, and the state verified by its hashes", flush=True)
             self.folder.note("restored", step=progress.step)
         if change:
-            progress = replace(progress, cursor=self.stream.first(progress.cursor.epoch + 1))
+            # What was usual for other data says nothing about these.
+            progress = replace(progress, cursor=self.stream.first(progress.cursor.epoch + 1), health={})
         return progress
 
-    def _advance(self, progress: Progress, cursor: Cursor, shots: int) -> Progress:
+    def _roll_back(self, policy: Policy, progress: Progress, cursor: Cursor, recorder: Recorder) -> Progress:
+        """Return to the newest checkpoint from before the unsound steps, and go on with the data after them.
+
+        Raises:
+            UserError: there is none.
+        """
+        self.engine.watch.enter("restoring")
+        self.saver.settle()
+        first = progress.step + 1 - policy.memory.in_a_row
+        path, _ = checkpoint.newest_valid(
+            self.folder, rank=self.mesh.rank, world_size=self.mesh.world_size, before=first
+        )
+        if path is None:
+            raise UserError(
+                f"step {first} cannot be undone: no valid checkpoint is older",
+                remedy="lower optimizer.lr, look at the films that were named, or save more often",
+            )
+        then = checkpoint.restore(path, self.engine)
+        policy.rolled_back(Memory.from_json(then.health))
+        if self.mesh.main:
+            for newer in checkpoint.found(self.folder):
+                if checkpoint.step_of(newer) > then.step:
+                    shutil.rmtree(newer)
+        facts = {"step": then.step, "left": progress.step + 1, "cursor": asdict(cursor), "data": self.index.digest}
+        self._tell(f"rolled back to step {then.step}, past the data of the steps since", "rollback", **facts)
+        recorder.rewind(then.step)
+        return replace(then, cursor=cursor, health=policy.memory.to_json())
+
+    def _advance(self, progress: Progress, cursor: Cursor, shots: int, memory: Memory) -> Progress:
         return Progress(
             step=progress.step + 1,
             cursor=cursor,
             shots_seen=progress.shots_seen + shots,
             tokens_seen=progress.tokens_seen + shots * self.tokens_per_shot,
+            health=memory.to_json(),
         )
 
     def _rates(self, batch: StepBatch, shots: int, seconds: float) -> dict[str, float]:
@@ -276,13 +335,26 @@ class Start:
             f"attention by {self.attention}"
         )
 
-    def _non_finite(self, what: str, step: int, batch: StepBatch) -> str:
+    def _films(self, batch: StepBatch) -> list[str]:
+        """Those that this rank has in hand."""
         films = sorted({int(film) for pack in batch.packs for film in pack.film_P.unique() if film >= 0})
-        keys = ", ".join(self.index.keys[film] for film in films[:5])
-        return (
-            f"the {what} of step {step} is not finite (epoch {batch.cursor.epoch}, step {batch.cursor.step}; this rank "
-            f"read {keys}); nothing was saved after it: lower optimizer.lr, or look at those films"
-        )
+        return [self.index.keys[film] for film in films]
+
+    def _words(self, verdict: Verdict, batch: StepBatch) -> str:
+        done = {
+            Action.GO: "the update was made",
+            Action.SKIP: "the update was left out",
+            Action.ROLL_BACK: "the run is rolled back",
+            Action.STOP: "the run stops",
+        }[verdict.action]
+        films = ", ".join(self._films(batch)[:5])
+        return f"{verdict.reason}; {done} (epoch {batch.cursor.epoch}, step {batch.cursor.step}; rank 0 read {films})"
+
+    def _tell(self, text: str, event: str, **facts: Any) -> None:
+        """A line for people and one in the ledger, of rank 0."""
+        if self.mesh.main:
+            print(text, flush=True)
+            self.folder.note(event, **facts, what=text)
 
 
 def attention_of(config: Config, device: torch.device) -> ChosenAttention:
