@@ -137,8 +137,10 @@ def _of_folder(command: str, words: Sequence[str]) -> int:
     from launch.study_slurm import SlurmRunner
 
     of = StudyFolder(folder)
-    with of.locked():
-        jobs = SlurmRunner(of, load_study(of.study_file), of.cells()).cancel()
+    runner = SlurmRunner(of, load_study(of.study_file), of.cells())
+    jobs = runner.cancel()
+    if not of.is_run():  # a launcher that watches them sees it by itself
+        of.save(runner.states)
     print(f"cancelled: {' '.join(jobs) or 'nothing'}")
     return EXIT_DONE
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.study_cells import Cell, load_cells
+from launch.study_cells import Cell
+from launch.study_folder import CellState, StudyFolder
 
 WARMUP = 3
 """First steps of each start, which pay for compilers, caches and connections."""
@@ -96,8 +97,9 @@ def collect(folder: Path) -> list[Row]:
     Raises:
         UserError: the folder holds no study.
     """
-    states = read_states(folder)
-    return [_row(folder / "cells" / cell.name, cell, states.get(cell.name, {})) for cell in load_cells(folder)]
+    of = StudyFolder(folder)
+    states = of.states().cells
+    return [_row(of.run_of(cell.name), cell, states.get(cell.name, CellState())) for cell in of.cells()]
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -111,12 +113,6 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 def score_names(rows: Iterable[Row]) -> list[str]:
     """All scores that any row has, in the order of the evaluation."""
     return list(dict.fromkeys(name for row in rows for name in row.scores))
-
-
-def read_states(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the launcher last knew of each cell; empty where it has not started."""
-    file = folder / "states.json"
-    return json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}
 
 
 def last_step(run: Path) -> int | None:
@@ -133,13 +129,13 @@ def last_step(run: Path) -> int | None:
     return None
 
 
-def _row(run: Path, cell: Cell, state: Mapping[str, Any]) -> Row:
+def _row(run: Path, cell: Cell, state: CellState) -> Row:
     if cell.left_out:
         return Row(cell, "left out", cell.left_out)
     lines, events = _metric_lines(run), _lines(run / "ledger.jsonl")
     starts = [event for event in events if event.get("event") == "start"]
     done = (run / "DONE").is_file()
-    status = "done" if done else state.get("state", "stopped" if lines else "waiting")
+    status = "done" if done else state.state
     facts: dict[str, Any] = {}
     if lines:
         facts = {"step": lines[-1]["step"], **_rates(lines, [int(s["step"]) for s in starts if "step" in s])}
@@ -149,7 +145,7 @@ def _row(run: Path, cell: Cell, state: Mapping[str, Any]) -> Row:
         code = json.loads((run / "code.json").read_text(encoding="utf-8"))
         facts["commit"] = code.get("commit") and code["commit"][:12] + ("+" if code.get("changed") else "")
     scores = read_scores(run / "evaluation" / f"step-{lines[-1]['step']:08d}") if done and lines else {}
-    return Row(cell, status, None if done else state.get("reason"), scores=scores, **facts)
+    return Row(cell, status, None if done else state.reason, scores=scores, **facts)
 
 
 def _rates(lines: Sequence[Mapping[str, Any]], starts: Sequence[int]) -> dict[str, float | None]:

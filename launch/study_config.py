@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,19 +227,23 @@ def _axis(key: str, values: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _is_key(key: str) -> bool:
     """Whether a run's configuration has this key, as a value or as a section; or the study has it."""
-    keys = [*PLACES, *(name for name, _, _ in config_help())]
-    return any(key == name or name.startswith(f"{key}.") for name in keys) or key.startswith("parallel.deepspeed.")
+    known = any(key == name or name.startswith(f"{key}.") for name in _known_keys())
+    return known or key.startswith("parallel.deepspeed.")
+
+
+@cache
+def _known_keys() -> list[str]:
+    return [*PLACES, *(name for name, _, _ in config_help())]
 
 
 def _grid_faults(study: Study) -> list[str]:
     faults = []
-    keys = [*PLACES, *(name for name, _, _ in config_help())]
 
     def check(key: str, where: str) -> None:
         if key in DERIVED:
             faults.append(f"{where}: {key} cannot be in the grid: {DERIVED[key]}")
         elif not _is_key(key):
-            near = unknown(key, keys, "key")
+            near = unknown(key, _known_keys(), "key")
             faults.append(f"{where}: {near if 'did you mean' in near else 'no such key'}")
 
     for key, values in study.grid.items():

@@ -4,6 +4,7 @@ study.yaml      the study, with its base in it
 cells.json      every cell with its steps, predicted cost, and why it is left out if it is
 configs/        NAME.yaml, the configuration of each cell
 cells/          NAME, its run folder
+code/           the copy of lmp that its SLURM jobs run
 states.json     what the launcher last knew of each cell, and its jobs
 report/         made from the cells at any time
 """
@@ -117,15 +118,31 @@ class StudyFolder:
         return (self.run_of(name) / "DONE").is_file()
 
     def states(self) -> States:
-        """What is known; empty at first."""
+        """What is known; empty at first. What a launcher on this machine ran when it was killed is stopped."""
         if not self.states_file.is_file():
             return States()
         facts = json.loads(self.states_file.read_text(encoding="utf-8"))
-        return States(**{**facts, "cells": {name: CellState(**one) for name, one in facts["cells"].items()}})
+        states = States(**{**facts, "cells": {name: CellState(**one) for name, one in facts["cells"].items()}})
+        if not self.is_run():
+            for state in states.cells.values():
+                if state.state == "running" and state.job is None:
+                    state.state, state.reason = "stopped", "the launcher ended"
+        return states
 
     def save(self, states: States) -> None:
         """Write states.json."""
         write_atomic(self.states_file, json.dumps(asdict(states), indent=1) + "\n")
+
+    def is_run(self) -> bool:
+        """Whether a launcher works on the study."""
+        try:
+            with (self.path / "lock").open("r", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:

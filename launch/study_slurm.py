@@ -16,10 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from launch.executor import CHECKOUT
 from launch.follow import Request, measure_finished, one_process, unmeasured
 from launch.job import TrainJob
 from launch.slurm import executor, job_state, submit_array
 from launch.slurm_state import RESTART_SECONDS, is_over, slurm
+from launch.snapshot import Snapshot
 from launch.study_cells import Cell
 from launch.study_collect import last_step
 from launch.study_config import Study
@@ -53,6 +55,8 @@ class SlurmRunner:
         self.cells = {cell.name: cell for cell in runnable(cells)}
         self.states = folder.states()
         self.over_since: dict[str, float] = {}
+        # Taken where something is submitted: queued and restarted jobs keep to the code of their submission.
+        self.code = Snapshot.of(CHECKOUT, folder.path)
 
     def start(self) -> None:
         """Find the jobs of an earlier start, and submit the cells that have none and are not done.
@@ -106,7 +110,7 @@ class SlurmRunner:
                 time.sleep(self.poll)
 
     def cancel(self) -> list[str]:
-        """Cancel every job of the study; returns their ids."""
+        """Cancel every job of the study, also while a launcher watches it; returns their ids. Writes nothing."""
         self._recover()
         jobs = [s.job for s in self.states.cells.values() if s.job and not is_over(job_state(s.job))]
         jobs += [job for job in self.states.evaluation if not is_over(job_state(job))]
@@ -114,8 +118,7 @@ class SlurmRunner:
             slurm("scancel", *jobs)
         for state in self.states.cells.values():
             if state.job in jobs:
-                state.state, state.reason = "cancelled", "cancelled"
-        self.folder.save(self.states)
+                state.state, state.reason, state.job = "cancelled", "cancelled", None
         return jobs
 
     def _look(self, name: str, *, again: bool = False) -> None:
@@ -124,7 +127,9 @@ class SlurmRunner:
         if self.folder.is_done(name):
             state.state, state.reason = "done", None
             return
-        if state.job is None or (state.state in ("stopped", "cancelled", "failed") and not again):
+        if state.job is None:
+            if again:
+                state.state, state.reason = "waiting", None
             return
         now = job_state(state.job)
         if not is_over(now):
@@ -171,6 +176,8 @@ class SlurmRunner:
     def _submit(self, names: Sequence[str]) -> None:
         """Submit cells, an array for each kind of resources, small ones first, each after the one before."""
         before: str | None = None
+        if names:
+            self.code.take()
         for _, group in sorted(_by_resources([self.cells[name] for name in names]).items()):
             token = f"{time.time_ns():x}"
             chosen = [cell.name for cell in group]
@@ -188,6 +195,7 @@ class SlurmRunner:
                 name=self._job_name(token),
                 array_parallelism=self.study.concurrency,
                 dependency=f"afterany:{before}" if before else None,
+                code=self.code.folder,
             )
             calls = [
                 (str(self.folder.states_file), n, token, str(self.folder.run_of(n)), str(self.folder.config_of(n)))
@@ -208,16 +216,18 @@ class SlurmRunner:
         runs = [str(self.folder.run_of(name)) for name in self.cells]
         parts = min(self.study.concurrency, len(runs))
         request = Request(tuple(evaluate.shards), tuple(evaluate.train_shards), evaluate.labels, seeds=evaluate.seeds)
-        name = f"{self.study.name}-evaluation"
+        self.code.take()
         made = executor(
             self.folder.path / "slurm" / "evaluation",
             one_process(cluster_of(next(iter(self.cells.values())))),
-            name=name,
+            name=f"{self.study.name}-evaluation",
             array_parallelism=parts,
             dependency=f"afterany:{':'.join(arrays)}" if arrays else None,
+            code=self.code.folder,
         )
         jobs = submit_array(made, measure_finished, [(runs[n::parts], request) for n in range(parts)])
-        self.states.evaluation = [str(job.job_id) for job in jobs]
+        earlier = [job for job in self.states.evaluation if not is_over(job_state(job))]
+        self.states.evaluation = [*earlier, *(str(job.job_id) for job in jobs)]
         self.states.evaluations += 1
         self.folder.save(self.states)
 
