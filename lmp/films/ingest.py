@@ -21,7 +21,7 @@ from rich.progress import Progress
 from lmp.data.leave_out import LeaveOut
 from lmp.data.shards import FilmRecord, ShardWriter
 from lmp.errors import UserError
-from lmp.films.encoders import Encoder, build_encoders
+from lmp.films.encoders import Encoder, build_encoders, describe
 from lmp.films.media import Sampling, ShotPictures, probe, read_pictures, read_sound
 from lmp.films.shots import find_shot_list, read_shot_list
 from lmp.films.subtitles import Subtitles, find_subtitles, read_subtitles, words_of_shots
@@ -161,7 +161,7 @@ def ingest(
         refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
         (report.refused if refused else wanted).append(film)
     jobs = _jobs(wanted, shot_lists, subtitles, workers)
-    described = {name: encoder.describe() for name, encoder in build_encoders(encoders).items()}
+    described = {name: describe(parts) for name, parts in build_encoders(encoders).items()}
     writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
     try:
         with Progress(disable=not progress) as bar:
@@ -207,7 +207,9 @@ def _write(writer: ShardWriter, job: _Job, done: _Done, report: IngestReport) ->
     report.shots += len(done.shots_S2)
 
 
-_encoders: dict[str, Encoder] = {}  # of a worker process, built once
+Encoders = Mapping[str, Sequence[Encoder]]  # by modality; the features of several are joined
+
+_encoders: dict[str, Sequence[Encoder]] = {}  # of a worker process, built once
 
 
 def _start_worker(specs: dict[str, str]) -> None:
@@ -269,22 +271,22 @@ def _pool(specs: dict[str, str], workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(specs,))
 
 
-def _read_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
+def _read_film(job: _Job, encoders: Encoders) -> _Done:
     try:
         return _encoded_film(job, encoders)
     except UserError as error:
         return _Done(fault=(error.problem, error.remedy))
 
 
-def _encoded_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
+def _encoded_film(job: _Job, encoders: Encoders) -> _Done:
     facts = probe(job.film)
     given_S2, source = None, "detected"
     if job.shot_lists is not None:
         path = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
         given_S2, source = read_shot_list(path, facts.fps, first_s=facts.first_s), path.name
     # A broken subtitle file is found before the picture is decoded.
-    spoken = _subtitles(job) if any(e.kind == "words" for e in encoders.values()) else None
-    outputs = {name: _Output(encoder) for name, encoder in encoders.items()}
+    spoken = _subtitles(job) if any(e[0].kind == "words" for e in encoders.values()) else None
+    outputs = {name: [_Output(encoder) for encoder in parts] for name, parts in encoders.items()}
     shots_S2 = _encode_pictures(job, given_S2, outputs)
     if given_S2 is None:
         _check_whole(job.film, facts.duration_s, float(shots_S2[-1, 1]) / 1000)
@@ -304,8 +306,10 @@ def _encoded_film(job: _Job, encoders: Mapping[str, Encoder]) -> _Done:
         else {"lines": len(spoken.lines), "dropped": spoken.dropped, "encoding": spoken.encoding},
     }
     features, valid = {}, {}
-    for name, output in outputs.items():
-        features[name], valid[name] = output.finish()
+    for name, parts in outputs.items():
+        made, told = zip(*(output.finish() for output in parts), strict=True)
+        valid[name] = np.logical_and.reduce(told)
+        features[name] = np.concatenate(made, axis=2) * valid[name][:, None, None]
     return _Done(info, shots_S2, features, valid)
 
 
@@ -347,11 +351,14 @@ class _Output:
         self._waiting = []
 
 
-def _of_kind(outputs: Mapping[str, _Output], kind: str) -> list[_Output]:
-    return [output for output in outputs.values() if output.encoder.kind == kind]
+_Outputs = Mapping[str, Sequence[_Output]]
 
 
-def _encode_pictures(job: _Job, given_S2: np.ndarray | None, outputs: Mapping[str, _Output]) -> np.ndarray:
+def _of_kind(outputs: _Outputs, kind: str) -> list[_Output]:
+    return [output for parts in outputs.values() for output in parts if output.encoder.kind == kind]
+
+
+def _encode_pictures(job: _Job, given_S2: np.ndarray | None, outputs: _Outputs) -> np.ndarray:
     """The shots, int32 [S, 2] ms. A given list needs no decoding where nobody looks at the picture."""
     watching = _of_kind(outputs, "picture")
     if given_S2 is not None and not watching:
@@ -366,7 +373,7 @@ def _encode_pictures(job: _Job, given_S2: np.ndarray | None, outputs: Mapping[st
     return np.array(spans, dtype=np.int32)
 
 
-def _encode_sound(job: _Job, shots_S2: np.ndarray, outputs: Mapping[str, _Output]) -> None:
+def _encode_sound(job: _Job, shots_S2: np.ndarray, outputs: _Outputs) -> None:
     listening = _of_kind(outputs, "sound")
     if not listening:
         return

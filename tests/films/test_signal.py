@@ -21,7 +21,7 @@ SPECS = {"video": "signal", "audio": "signal", "text": "signal"}
 
 @pytest.fixture(scope="module")
 def encoders() -> dict[str, Encoder]:
-    return build_encoders(SPECS)
+    return {name: parts[0] for name, parts in build_encoders(SPECS).items()}
 
 
 def _shots(seed: int = 0) -> dict[str, list]:
@@ -129,7 +129,7 @@ def test_words_tell_spelling(encoders: dict[str, Encoder]) -> None:
 def test_features_are_the_same_in_another_process(encoders: dict[str, Encoder]) -> None:
     code = (
         "from lmp.films.encoders import build_encoders as b\n"
-        "f, _ = b({'text': 'signal'})['text'].encode(['Où est le café?'])\n"
+        "f, _ = b({'text': 'signal'})['text'][0].encode(['Où est le café?'])\n"
         "print(f.double().flatten().tolist())"
     )
     root = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ def test_describe_is_json_and_true(encoders: dict[str, Encoder]) -> None:
 
 def test_kinds_are_told_from_the_modality_or_said() -> None:
     built = build_encoders({"audio": "signal", "music": "signal-sound", "plot": "words:signal", "video": "signal"})
-    assert [e.kind for e in built.values()] == ["sound", "sound", "words", "picture"]
+    assert [e.kind for (e,) in built.values()] == ["sound", "sound", "words", "picture"]
     assert list(built) == ["audio", "music", "plot", "video"]
 
 

@@ -110,7 +110,7 @@ def _check_contract(encoder: TransformersEncoder, shots: list, empty: list) -> t
 @pytest.mark.parametrize("family", ["bart", "bert", "roberta"])
 def test_words(tmp_path: Path, family: str) -> None:
     folder = _words(tmp_path, family)
-    encoder = build_encoders({"text": str(folder)})["text"]
+    encoder = build_encoders({"text": str(folder)})["text"][0]
     assert encoder.kind == "words" and encoder.frames == encoder.height == 0
     long = "word " * 200
     features = _check_contract(encoder, [*SAID, long], ["", "  ", None])
@@ -125,7 +125,7 @@ def test_words(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", ["wav2vec2", "wavlm"])
 def test_sound(tmp_path: Path, family: str) -> None:
     folder = _sound(tmp_path, family)
-    encoder = build_encoders({"audio": str(folder)})["audio"]
+    encoder = build_encoders({"audio": str(folder)})["audio"][0]
     rng = np.random.default_rng(0)
     shots = [rng.normal(size=n).astype(np.float32) * 0.1 for n in (16000, 5000, 9000, 30)]
     features = _check_contract(encoder, shots, [None, np.zeros(0, np.float32)])
@@ -153,7 +153,7 @@ def test_long_sound_is_encoded_in_pieces(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["videomae", "vjepa2"])
 def test_pictures(tmp_path: Path, family: str) -> None:
     folder = _picture(tmp_path, family)
-    encoder = build_encoders({"video": str(folder)})["video"]
+    encoder = build_encoders({"video": str(folder)})["video"][0]
     assert (encoder.kind, encoder.frames, encoder.height) == ("picture", 4, 32)
     rng = np.random.default_rng(0)
     sizes = ((4, 32, 32), (4, 32, 56), (1, 48, 40), (9, 20, 20))

@@ -34,20 +34,23 @@ class _SignalEncoder(ABC):
     kind: ClassVar[Kind]
     name: ClassVar[str]
     version: ClassVar[str] = "1"
-    tokens: ClassVar[int] = 1
     width: ClassVar[int]
-    frames: ClassVar[int] = 0
     height: ClassVar[int] = 0
+    _frames: ClassVar[int] = 0  # wanted per token
+
+    def __init__(self, *, tokens: int = 1) -> None:
+        self.tokens = tokens
+        self.frames = tokens * self._frames
 
     def encode(self, shots: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Features [n, 1, D] float32 and valid [n] bool; see `Encoder.encode`."""
+        """Features [n, K, D] float32 and valid [n] bool; see `Encoder.encode`."""
         features_nKD = torch.zeros(len(shots), self.tokens, self.width)
         valid_n = torch.zeros(len(shots), dtype=torch.bool)
         for i, shot in enumerate(shots):
-            vector = None if shot is None or len(shot) == 0 else self._vector(shot)
-            if vector is not None:
-                features_nKD[i, 0] = torch.from_numpy(vector)
-                valid_n[i] = True
+            for k, part in enumerate(self._parts(shot) if shot is not None and len(shot) else ()):
+                if (vector := self._vector(part)) is not None:
+                    features_nKD[i, k] = torch.from_numpy(vector)
+                    valid_n[i] = True
         return features_nKD, valid_n
 
     def describe(self) -> dict[str, Any]:
@@ -60,6 +63,11 @@ class _SignalEncoder(ABC):
             "width": self.width,
             "sampling": self._sampling(),
         }
+
+    def _parts(self, shot: Any) -> list[Any]:
+        """The K equal parts of a shot; neighbours share what is too short to be cut."""
+        bounds = [(k * len(shot) // self.tokens, -(-(k + 1) * len(shot) // self.tokens)) for k in range(self.tokens)]
+        return [shot[start:end] for start, end in bounds]
 
     @abstractmethod
     def _vector(self, shot: Any) -> Array | None:
@@ -81,7 +89,7 @@ class SignalPicture(_SignalEncoder):
     kind = "picture"
     name = "signal-picture"
     width = ROWS * COLUMNS * (HUES + SATURATIONS + VALUES + EDGES + 1 + 3 + 1) + 2
-    frames = 4
+    _frames = 4
     height = 64
     _size = (96, 64)  # every frame is brought to this width and height, so that the grid divides it
 
@@ -96,7 +104,7 @@ class SignalPicture(_SignalEncoder):
         return np.concatenate(parts).astype(np.float32)
 
     def _sampling(self) -> dict[str, Any]:
-        return {"frames": self.frames, "height": self.height}
+        return {"frames": self._frames, "height": self.height}
 
 
 class SignalSound(_SignalEncoder):
@@ -134,6 +142,9 @@ class SignalWords(_SignalEncoder):
     kind = "words"
     name = "signal-words"
     width = 256
+
+    def _parts(self, shot: str) -> list[Any]:
+        return [" ".join(words) for words in super()._parts(shot.split())]
 
     def _vector(self, shot: str) -> Array | None:
         words = unicodedata.normalize("NFKC", shot).casefold().split()

@@ -33,6 +33,7 @@ class TransformersEncoder:
     Args:
         kind: what the model encodes.
         source: a local folder saved with `save_pretrained`, or a name on the hub.
+        family: the model type that the user expects; None takes any.
         batch_size: shots (or pieces of sound) per forward pass.
 
     Raises:
@@ -41,7 +42,15 @@ class TransformersEncoder:
 
     tokens = 1
 
-    def __init__(self, kind: Kind, source: str, *, batch_size: int = 8, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        source: str,
+        *,
+        family: str | None = None,
+        batch_size: int = 8,
+        device: str | torch.device = "cpu",
+    ) -> None:
         import transformers
 
         self.kind: Kind = kind
@@ -58,6 +67,11 @@ class TransformersEncoder:
         self._model = model.to(self._device, torch.float32).eval().requires_grad_(False)
         self._config = model.config
         self._check_kind()
+        if family is not None and family not in _names(self._config.model_type):
+            raise UserError(
+                f"{source} is a {self._config.model_type} model, not {family}",
+                remedy=f"write {kind}:{source}, or give the folder of a {family} model",
+            )
         self.width = int(self._config.hidden_size)
         self.version = self._version()
         self.frames, self.height = 0, 0
@@ -212,6 +226,10 @@ class TransformersEncoder:
         hidden_BTD = self._model(input_values=wave_BT, attention_mask=mask).last_hidden_state
         tokens_B = self._model._get_feat_extract_output_lengths(length_B)
         return hidden_BTD, torch.arange(hidden_BTD.shape[1], device=self._device) < tokens_B[:, None]
+
+
+def _names(model_type: str) -> tuple[str, ...]:
+    return (model_type, "ast") if model_type == "audio-spectrogram-transformer" else (model_type,)
 
 
 def _is_something(shot: Any) -> bool:
