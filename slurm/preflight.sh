@@ -72,19 +72,20 @@ preflight_job_field() {
 
 # "NODE REASON" lines: send the job back without those nodes. Ends the script.
 preflight_leave_out() {
-  local node reason rounds excluded=() wanted restart=${SLURM_RESTART_COUNT:-0} try
+  local node reason rounds bad=() excluded=() wanted restart=${SLURM_RESTART_COUNT:-0} try
   mapfile -t excluded < <(preflight_job_field ExcNodeList | xargs -r -n 1 scontrol show hostnames)
   wanted=$(preflight_job_field ReqNodeList | xargs -r -n 1 scontrol show hostnames)
   while read -r node reason; do
     preflight_say "$node is bad: $reason"
     printf '%s\t%s\t%s\t%s\t%s\n' "$SLURM_JOB_ID" "$restart" "$(date '+%Y-%m-%dT%H:%M:%S%z')" "$node" "$reason" \
       >>"$LMP_RUN/bad-nodes"
-    excluded+=("$node")
+    bad+=("$node")
     if grep -qxF "$node" <<<"$wanted"; then
       preflight_say "stopped: the job asks for $node by name (--nodelist)"
       exit 3
     fi
   done <<<"$1"
+  excluded+=("${bad[@]}")
   rounds=$(awk -F '\t' -v job="$SLURM_JOB_ID" '$1 == job { seen[$2] } END { print length(seen) }' "$LMP_RUN/bad-nodes")
   if [ "$rounds" -gt "${LMP_PREFLIGHT_ROUNDS:-5}" ]; then
     preflight_say "stopped: nodes were bad in $rounds starts of this job, LMP_PREFLIGHT_ROUNDS allows ${LMP_PREFLIGHT_ROUNDS:-5}"
@@ -107,9 +108,9 @@ preflight_leave_out() {
   fi
   for try in 1 2 3 4 5 6 7 8 9 10; do
     if scontrol update JobId="$(preflight_job)" ExcNodeList="$(printf '%s\n' "${excluded[@]}" | sort -u | paste -sd, -)"; then
-      preflight_say "requeued without ${excluded[*]} (try $try)"
+      preflight_say "requeued without ${bad[*]} (try $try)"
       printf '{"time": "%s", "event": "requeue", "host": "%s", "job": "%s", "restart": %s, "reason": "bad nodes: %s"}\n' \
-        "$(date '+%Y-%m-%dT%H:%M:%S%z')" "$(hostname)" "$(preflight_job)" "$restart" "${excluded[*]}" >>"$LMP_RUN/ledger.jsonl"
+        "$(date '+%Y-%m-%dT%H:%M:%S%z')" "$(hostname)" "$(preflight_job)" "$restart" "${bad[*]}" >>"$LMP_RUN/ledger.jsonl"
       exit 0
     fi
     sleep 0.5

@@ -6,6 +6,7 @@ neighbours are tried in pairs: a node whose every pair is bad is to blame.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
@@ -19,6 +20,7 @@ from lmp.scaling.preflight import Finding, Floors, node_name, report
 
 _HELLO_SECONDS = 60.0
 _ROUND_SECONDS = 150.0
+_BYE_SECONDS = 20.0
 _ECHOES = 5
 
 
@@ -32,11 +34,14 @@ def look(nodes: Sequence[str], *, node: int, ranks: int, address: str, port: int
         report(Finding("network", False, f"the first node does not answer: {str(error).splitlines()[0]}"))
         print(f"PREFLIGHT {'bad' if node == 0 else 'ok'} {node_name()} network: no store", flush=True)
         return
-    blamed = Meeting(store, nodes, node, ranks, address, port, floors).blamed()
+    meeting = Meeting(store, nodes, node, ranks, address, port, floors)
+    blamed = meeting.blamed()
+    meeting.leave()
     if node == 0:
         for name, reason in blamed.items():
             print(f"PREFLIGHT bad {name} network: {reason}", flush=True)
-    if node_name() not in blamed:
+    # Only the first node judges: another one, cut off from it, cannot tell whose fault that is.
+    if node != 0 or node_name() not in blamed:
         print(f"PREFLIGHT ok {node_name()}", flush=True)
 
 
@@ -103,20 +108,31 @@ class Meeting:
 
     def _gather(self, name: str, own: Any, seconds: float) -> list[Any]:
         """What every node says, None for those that the first node did not hear within the time."""
-        self.store.set(f"{name}/{self.node}", json.dumps(own))
+        self._say(f"{name}/{self.node}", own)
         if self.node == 0:
             deadline = time.monotonic() + seconds
-            said = [self._hear(f"{name}/{i}", deadline) for i in range(len(self.nodes))]
-            self.store.set(f"{name}/all", json.dumps(said))
+            self._say(f"{name}/all", [self._hear(f"{name}/{i}", deadline) for i in range(len(self.nodes))])
         heard = self._hear(f"{name}/all", time.monotonic() + seconds + 10)
         return heard if heard is not None else [None] * len(self.nodes)
+
+    def leave(self) -> None:
+        """The first node holds the store and goes last."""
+        self._say(f"bye/{self.node}", True)
+        if self.node == 0:
+            deadline = time.monotonic() + _BYE_SECONDS
+            for i in range(len(self.nodes)):
+                self._hear(f"bye/{i}", deadline)
+
+    def _say(self, key: str, value: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the first node is gone: nobody hears
+            self.store.set(key, json.dumps(value))
 
     def _hear(self, key: str, deadline: float) -> Any:
         try:
             self.store.wait([key], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            return json.loads(self.store.get(key))
         except RuntimeError:
             return None
-        return json.loads(self.store.get(key))
 
     def _skew(self) -> float:
         """Seconds by which this node's clock is before the first node's: the echo with the shortest way tells."""
@@ -126,11 +142,11 @@ class Meeting:
             for turn in range(_ECHOES):
                 for i in range(1, len(self.nodes)):
                     if self._hear(f"ask/{i}/{turn}", deadline) is not None:
-                        self.store.set(f"answer/{i}/{turn}", json.dumps(time.time()))
+                        self._say(f"answer/{i}/{turn}", time.time())
             return 0.0
         for turn in range(_ECHOES):
             began = time.time()
-            self.store.set(f"ask/{self.node}/{turn}", "1")
+            self._say(f"ask/{self.node}/{turn}", True)
             theirs = self._hear(f"answer/{self.node}/{turn}", deadline)
             ended = time.time()
             if theirs is not None:
