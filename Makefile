@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint types format clean
+.PHONY: setup demo test cluster-test lint types format clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 	@echo "all tests passed; 'make demo' shows the whole path, docs/ has a guide for each journey"
+
+# On a real SLURM of virtual nodes; `make test` has these too where its packages are installed.
+cluster-test: $(STAMP)
+	$(BIN)/python -m pytest -m slurm tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
