@@ -156,7 +156,14 @@ class Source:
             "shape": "features[NAME]: [shots, tokens, width]; one row per shot, in film order",
             "missing": "valid[NAME] is False where the shot lacks the modality; its row may hold anything",
             "times": "seconds from the start of the film to the start of the shot",
+            "window_shots": trained_window(self.trained.manifest.get("config", {})),
         }
+
+
+def trained_window(config: Mapping[str, Any]) -> int | None:
+    """Shots in the windows of training, by a run's configuration; None if it does not say."""
+    data = config.get("data") or {}
+    return data.get("window_shots") or data.get("pack_shots")
 
 
 def open_source(

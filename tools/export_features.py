@@ -33,7 +33,7 @@ from lmp.errors import UserError
 from tools._feature_formats import FORMATS, Packing, write_npy
 from tools._film_features import POOLINGS, Extraction, Extractor, FilmRows
 from tools._output import add_source_arguments, new_file, run_command, write_json
-from tools._source import Source, open_source
+from tools._source import Source, open_source, trained_window
 
 SIDECAR = "features.json"
 STAGED = ".films"
@@ -143,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(arguments: argparse.Namespace) -> str:
     source = open_source(arguments.run, step=arguments.step, allow_unfinished=arguments.allow_unfinished)
-    window = arguments.window if arguments.window is not None else _trained_window(arguments.run)
+    window = arguments.window
+    if window is None:
+        window = trained_window(yaml.safe_load((arguments.run / "config.yaml").read_text(encoding="utf-8")) or {})
+    if window is None:
+        raise UserError(f"{arguments.run / 'config.yaml'}: names no window", remedy="give --window")
     extraction = Extraction(
         tokens=arguments.tokens,
         layer=arguments.layer,
@@ -166,15 +170,6 @@ def _command(arguments: argparse.Namespace) -> str:
         f"{arguments.out}: {found['films']} films, {found['shots']} shots, "
         f"largest difference from the model's fp32 rows {found['largest_difference']:.3g}"
     )
-
-
-def _trained_window(run: Path) -> int:
-    """Shots in the windows of the run's training."""
-    data = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}).get("data") or {}
-    window = data.get("window_shots") or data.get("pack_shots")
-    if window is None:
-        raise UserError(f"{run / 'config.yaml'}: names no window", remedy="give --window")
-    return int(window)
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

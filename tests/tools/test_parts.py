@@ -15,7 +15,7 @@ from lmp.errors import UserError
 from lmp.model import LmpContextualModel, LmpCrossModel, LmpForPretraining
 from tests.tools.written import make_model, write_run
 from tools import export_huggingface
-from tools._source import open_source
+from tools._source import aliases, open_source
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_wrong_parts_are_refused(run: Path) -> None:
         open_source(run, part="video", with_heads=True)
 
 
-def test_tied_tensors_are_written_whole_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tied_tensors_are_whole_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = LmpForPretraining.__init__
 
     def tied(self: Any, config: Any) -> None:
@@ -97,13 +97,11 @@ def test_tied_tensors_are_written_whole_and_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(LmpForPretraining, "__init__", tied)
     name, first = "contextual.text.norm.weight", "contextual.video.norm.weight"
-    run = write_run(tmp_path / "run", spoil=lambda weights: weights.pop(f"lmp.{name}"))
-    assert export_huggingface.main([str(run), str(tmp_path / "out")]) == 0
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(weights[name], weights[first])
-    fingerprint = json.loads((tmp_path / "out" / "fingerprint.json").read_text())
-    assert fingerprint["ties"] == {name: first}
-    assert f"{name} is {first}" in (tmp_path / "out" / "README.md").read_text()
+    source = open_source(write_run(tmp_path / "run", spoil=lambda weights: weights.pop(f"lmp.{name}")))
+    assert source.ties == {name: first}
+    assert torch.equal(source.weights[name], source.weights[first])
+    assert not aliases(source.weights)
+    assert open_source(tmp_path / "run", part="text").ties == {}
 
     differ = write_run(tmp_path / "other", spoil=lambda weights: weights[f"lmp.{name}"].add_(1))
     with pytest.raises(UserError, match="are one tensor in the model, but differ"):
