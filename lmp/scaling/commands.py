@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmp.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
+    from lmp.scaling.bench_checkpoint import CheckpointReport
     from lmp.scaling.bench_data import DataReport
     from lmp.scaling.bench_plan import PlanReport
 
@@ -52,6 +53,14 @@ def register(bench: Any) -> None:
     step.add_argument("--compiled", action="store_true", default=None, help="compiled encoders too")
     step.add_argument("--out", type=Path, metavar="REPORT.json")
     step.set_defaults(run=_step)
+
+    saving = bench.add_parser("checkpoint", help="for how long saving holds up the training, beside it and blocking")
+    saving.add_argument("--width", type=int, default=512)
+    saving.add_argument("--layers", type=int, default=2)
+    saving.add_argument("--rounds", type=int, default=5)
+    saving.add_argument("--folder", type=Path, help="a folder on the disk to be measured (default: a temporary one)")
+    saving.add_argument("--out", type=Path, metavar="REPORT.json")
+    saving.set_defaults(run=_checkpoint)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -113,6 +122,22 @@ def _step(arguments: argparse.Namespace) -> int:
     _print_machine(report.machine)
     _write(arguments.out, report.to_json())
     return 1 if report.failed else EXIT_DONE
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from lmp.scaling.bench_checkpoint import CheckpointSettings, bench_checkpoint
+
+    _check_out(arguments.out)
+    for name in ("width", "layers", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}", remedy="give at least 1")
+    if arguments.folder is not None and not arguments.folder.is_dir():
+        raise UserError(f"--folder {arguments.folder}: is not a folder", remedy="make it, or give another")
+    names = ("width", "layers", "rounds", "folder")
+    report = bench_checkpoint(CheckpointSettings(**{name: getattr(arguments, name) for name in names}))
+    _print_checkpoint(report)
+    _write(arguments.out, report.to_json())
+    return EXIT_DONE
 
 
 def _check_out(out: Path | None) -> None:
@@ -184,6 +209,25 @@ def _print_plan(report: PlanReport) -> None:
         f"attention of the busiest of {RANKS} ranks over the mean: {report.imbalance_mean:.2%} on average, "
         f"95 % of steps below {report.imbalance_p95:.2%}, at most {report.imbalance_max:.2%} ({report.steps} steps)"
     )
+    _print_machine(report.machine)
+
+
+def _print_checkpoint(report: CheckpointReport) -> None:
+    print(
+        f"state of {report.parameters / 1e6:.1f} million parameters, {report.bytes / 1e6:.0f} MB; "
+        f"{len(report.blocking)} rounds; median (min - max)"
+    )
+    rows = [
+        ("a blocking save holds up training, s", report.blocking, 3),
+        ("one beside the training holds it up, s", report.stall, 3),
+        ("the second over the first", report.ratios, 3),
+        ("from its start to its completion, s", report.written, 2),
+        ("a step while nothing is written, s", report.quiet, 3),
+        ("a step while something is written, s", report.beside, 3),
+    ]
+    print("| | |\n|---|---|")
+    for name, values, digits in rows:
+        print(f"| {name} | {_spread(values, digits)} |")
     _print_machine(report.machine)
 
 

@@ -131,8 +131,7 @@ class Snapshot:
         have = sum(block.numel() for block in self._blocks)
         while have < self._values:
             count = min(_BLOCK, 1 << max(10, (self._values - have).bit_length() - 1))
-            block = torch.empty(count, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-            self._blocks.append(block)
+            self._blocks.append(_host_block(count, pinned=self.device.type == "cuda"))
             have += count
 
     def _parts(self, place: int, count: int) -> Iterator[Tensor]:
@@ -165,6 +164,16 @@ class Snapshot:
         text = json.dumps(facts, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+
+def _host_block(count: int, *, pinned: bool) -> Tensor:
+    if pinned:
+        try:
+            return torch.empty(count, dtype=torch.float32, pin_memory=True)
+        except RuntimeError:
+            # The system grants no more of it; copies into ordinary memory are only slower.
+            pass
+    return torch.empty(count, dtype=torch.float32)
 
 
 def file_name(rank: int, ranks: int) -> str:

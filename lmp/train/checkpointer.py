@@ -50,7 +50,7 @@ class Checkpointer:
         facts: further entries of each manifest (configurations, data fingerprint, versions); of rank 0 alone.
 
     Attributes:
-        newest: the newest checkpoint that this start has completed.
+        newest: the newest checkpoint that this start has completed or restored.
         failure: why the last one was not saved; None if it was.
         damaged: names of checkpoints known to be so; these never stand for one that is kept. Of rank 0 alone.
     """
@@ -70,6 +70,8 @@ class Checkpointer:
         self._snapshot = Snapshot(self.mesh.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: _InFlight | None = None
+        self._cleaning: Future[None] = Future()
+        self._cleaning.set_result(None)
         self._saved_at = time.monotonic()
         self._stalled = 0.0
 
@@ -99,7 +101,7 @@ class Checkpointer:
 
         A failure is noted in the ledger and in `failure`; training may go on.
         """
-        self.settle()
+        self._settle()
         began = time.perf_counter()
         partial = folder_of(self.folder, progress.step).with_suffix(".tmp")
         self._snapshot.take(owned(self.engine))
@@ -112,10 +114,14 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._count_stall(began)
         if not self.settings.asynchronous:
-            self.settle()
+            self._settle()
 
-    def save_last(self, progress: Progress) -> None:
+    def save_last(self, progress: Progress, *, required: bool = True) -> None:
         """Save the state and wait until it is complete on disk; try once more if that fails.
+
+        Args:
+            progress: what the state stands for.
+            required: an older checkpoint does not do in its place.
 
         Raises:
             OSError: on every rank, when it failed twice.
@@ -125,7 +131,8 @@ class Checkpointer:
             self.settle()
             if self.failure is None:
                 return
-        raise OSError(f"the checkpoint of step {progress.step} was not saved: {self.failure}")
+        if required or self.newest is None:
+            raise OSError(f"the checkpoint of step {progress.step} was not saved: {self.failure}")
 
     def poll(self, *, writing: bool) -> None:
         """Complete the checkpoint in flight if no rank is writing any more.
@@ -134,10 +141,14 @@ class Checkpointer:
             writing: whether any rank is, as all ranks agreed.
         """
         if not writing:
-            self.settle()
+            self._settle()
 
     def settle(self) -> None:
-        """Wait for the checkpoint in flight, if there is one, and complete it."""
+        """Wait for the checkpoint in flight, if there is one, complete it, and see older ones removed."""
+        self._settle()
+        self._cleaning.result()
+
+    def _settle(self) -> None:
         if self._in_flight is None:
             return
         began = time.perf_counter()
@@ -188,7 +199,7 @@ class Checkpointer:
             print(f"the checkpoint of step {step} was not saved: {error}", flush=True)
             return str(error)
         self.damaged.discard(folder_of(self.folder, step).name)
-        self._thread.submit(self._clean)
+        self._cleaning = self._thread.submit(self._clean)
         seconds = round(now.seconds_stalled + time.perf_counter() - began, 4)
         self.folder.note("saved", step=step, seconds_saving=seconds, bytes=sum(share.bytes for share in written))
         return None

@@ -230,7 +230,8 @@ class Start:
             engine.watch.enter("saving")
             saver.poll(writing=health.writing)
             if health.stop or step == steps:
-                saver.save_last(progress)
+                # A scheduler gets its nodes; the run goes on from an older checkpoint then.
+                saver.save_last(progress, required=health.stop is not Stop.REQUEUE or step == steps)
             elif health.save or saver.due(step):
                 saver.save(progress)
             if step == steps:
@@ -257,6 +258,7 @@ class Start:
                 remedy="restore what data.train named, start another run folder, or go on with --new-data",
             )
         progress = checkpoint.restore(path, self.engine)
+        self.saver.newest = path
         if self.mesh.main:
             print(f"{path.name}: restored, and the state verified by its hashes", flush=True)
             self.folder.note("restored", step=progress.step)
@@ -283,6 +285,7 @@ class Start:
                 remedy="lower optimizer.lr, look at the films that were named, or save more often",
             )
         then = checkpoint.restore(path, self.engine)
+        self.saver.newest = path
         policy.rolled_back(Memory.from_json(then.health))
         if self.mesh.main:
             for newer in checkpoint.found(self.folder):

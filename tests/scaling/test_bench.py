@@ -17,6 +17,7 @@ from lmp.data.index import FilmIndex
 from lmp.errors import UserError
 from lmp.scaling.bench_data import counter_ratios, lognormal_shots, make_corpus
 from lmp.scaling.bench_readers import Counters, Places, readers
+from tests.runs import run
 
 INSTALLED = [r.name for r in readers().values() if all(importlib.util.find_spec(p) for p in r.needs)]
 ABSENT = sorted(set(readers()) - set(INSTALLED))
@@ -178,3 +179,15 @@ def test_bench_plan_reports_fill_and_evenness(tmp_path: Path, capsys: pytest.Cap
     assert found["steps"] == found["packs"] // 16
     assert 0 <= found["imbalance_mean"] <= found["imbalance_p95"] <= found["imbalance_max"] < 1
     assert f"{found['packs']} packs" in capsys.readouterr().out
+
+
+def test_saving_is_measured_in_both_ways(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    arguments = ["--width", "32", "--layers", "1", "--rounds", "2", "--folder", str(tmp_path), "--out", str(out)]
+    ended = run("bench", "checkpoint", *arguments, module="lmp.cli")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    report = json.loads(out.read_text())
+    assert report["bytes"] == 12 * report["parameters"]
+    assert [len(report[name]) for name in ("blocking", "stall", "ratios", "written")] == [2] * 4
+    assert report["ratios"] == [a / b for a, b in zip(report["stall"], report["blocking"], strict=True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -52,6 +52,15 @@ SOURCES = list(dict.fromkeys(source for source, _ in PAIRS))
 ON_TWO = [*map(Action, SOURCES), *(Action(target, source.name) for source, target in PAIRS)]
 """All pairs of stages on two ranks."""
 
+
+def goes_on(action: Action) -> bool:
+    """Whether a step is made after the move: of the plain pairs, each stage's to the next one."""
+    plain = {kind.name: kind.stage for kind in PLAIN}
+    if action.start in plain and action.kind in PLAIN:
+        return action.kind.stage == (plain[action.start] + 1) % 4
+    return True
+
+
 FOUR = [Action(PLAIN[2]), Action(PLAIN[3]), Action(HALF[0])]
 ONE = [Action(PLAIN[3], FOUR[0].name), Action(PLAIN[0], FOUR[1].name), Action(PLAIN[1], FOUR[2].name)]
 TWO = [Action(PLAIN[1], ONE[0].name), Action(PLAIN[2], ONE[1].name), Action(HALF[1], ONE[2].name)]

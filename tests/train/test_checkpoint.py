@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lmp.errors import UserError
 from lmp.model import LmpForPretraining
-from lmp.train.checkpoint import found, load_trained, newest_valid, verify
+from lmp.train.checkpoint import found, load_trained, newest_valid, read_manifest, verify
 from lmp.train.run_folder import RunFolder
 from tests.runs import config_of, make_shards, run, write_config
 
@@ -22,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = make_shards(folder / "shards")
     sections = {"train": {"steps": 4}, "checkpoint": {"every_steps": 2}}
     config = write_config(folder / "run.yaml", config_of(shards, **sections))
-    ended = run("train", str(config), "--run", str(folder / "run"), module="lmp.cli")
+    ended = run(str(config), "-n", "2", "--run", str(folder / "run"))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder / "run"
 
@@ -37,7 +40,7 @@ def newest(run_folder: Path) -> Path:
 
 
 def state_file(checkpoint: Path) -> Path:
-    return next(checkpoint.glob("*.safetensors"))
+    return min(checkpoint.glob("*.safetensors"))
 
 
 def flip(checkpoint: Path) -> None:
@@ -95,6 +98,46 @@ def test_damage_is_found_and_passed_over(copy: Path, damage, told: str) -> None:
     assert path is not None
     assert path.name == "step-00000002"
     assert passed_over == [fault]
+
+
+def test_any_damage_of_any_file_is_told_in_one_line(copy: Path) -> None:
+    folder, checkpoint, draw = RunFolder(copy), newest(copy), random.Random(5)
+    files = sorted(checkpoint.iterdir())
+    assert len(files) == 3, "two ranks and a manifest"
+    for file in files:
+        content = file.read_bytes()
+        damaged = [content[: draw.randrange(len(content))], content + b" ", b"", None]
+        for _ in range(40):
+            place = draw.randrange(len(content))
+            damaged.append(content[:place] + bytes([content[place] ^ draw.randint(1, 255)]) + content[place + 1 :])
+        for number, spoilt in enumerate(damaged):
+            if spoilt is None:
+                file.unlink()
+            else:
+                file.write_bytes(spoilt)
+            path, passed_over = newest_valid(folder)
+            assert path is not None, (file.name, number)
+            assert path.name == "step-00000002"
+            assert len(passed_over) == 1, passed_over
+            assert "\n" not in passed_over[0]
+        file.write_bytes(content)
+    assert newest_valid(folder) == (checkpoint, [])
+
+
+def test_the_files_are_safetensors_of_the_whole_state(trained: Path) -> None:
+    shapes = {name: torch.Size(t["shape"]) for name, t in read_manifest(newest(trained))["tensors"].items()}
+    values: Counter[tuple[str, str]] = Counter()
+    for file in newest(trained).glob("*.safetensors"):
+        for key, fragment in load_file(file).items():
+            name, part = key.split("@")[0].rsplit("/", 1)
+            values[name, part] += fragment.numel()
+    parts = ("weight", "exp_avg", "exp_avg_sq")
+    assert values == {(name, part): shape.numel() for name, shape in shapes.items() for part in parts}
+
+
+def test_the_older_format_is_told_by_its_number(copy: Path) -> None:
+    (newest(copy) / "manifest.json").write_text(json.dumps({"format": 2, "files": {}, "tensors": {"w": [1]}}))
+    assert verify(newest(copy)) == ["step-00000004: is of format 2, this lmp reads format 3"]
 
 
 def test_an_unfinished_checkpoint_is_never_seen(copy: Path) -> None:
