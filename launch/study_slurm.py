@@ -64,8 +64,8 @@ class SlurmRunner:
         Raises:
             UserError: no SLURM here, or sbatch refused.
         """
-        if slurm("squeue", "--version").returncode:
-            raise UserError("squeue does not answer", remedy="run on a login node, or here with --local")
+        if not _answers():
+            raise UserError("SLURM does not answer here", remedy="run on a login node, or on this machine with --local")
         self.states.evaluations = 0
         for name in self.cells:
             state = self.states.cells.setdefault(name, CellState())
@@ -131,7 +131,9 @@ class SlurmRunner:
             if again:
                 state.state, state.reason = "waiting", None
             return
-        now = job_state(state.job)
+        now = state_of(state.job)
+        if now is None:
+            return
         if not is_over(now):
             self.over_since.pop(state.job, None)
             state.state, state.reason = ("running" if now in ("RUNNING", "COMPLETING") else "submitted"), None
@@ -149,7 +151,7 @@ class SlurmRunner:
         state.job = None
         if again:
             state.state, state.reason = "waiting", None
-        elif now == "CANCELLED":
+        elif now in ("CANCELLED", "UNKNOWN"):  # SLURM forgets an element that was cancelled before it ran
             state.state, state.reason = "cancelled", f"its job was cancelled; {words}"
         elif now == "COMPLETED":
             state.state, state.reason = "stopped", words
@@ -174,8 +176,8 @@ class SlurmRunner:
                     self.states.cells[names[int(number)]].job = job
 
     def _submit(self, names: Sequence[str]) -> None:
-        """Submit cells, an array for each kind of resources, small ones first, each after the one before."""
-        before: str | None = None
+        """Submit cells, an array for each kind of resources, small ones first, each after those before."""
+        before = self._arrays()
         if names:
             self.code.take()
         for _, group in sorted(_by_resources([self.cells[name] for name in names]).items()):
@@ -194,7 +196,7 @@ class SlurmRunner:
                 cluster_of(group[0]),
                 name=self._job_name(token),
                 array_parallelism=self.study.concurrency,
-                dependency=f"afterany:{before}" if before else None,
+                dependency=f"afterany:{':'.join(before)}" if before else None,
                 code=self.code.folder,
             )
             calls = [
@@ -204,15 +206,15 @@ class SlurmRunner:
             for name, job in zip(chosen, submit_array(made, run_cell, calls), strict=True):
                 self.states.cells[name].job = str(job.job_id)
             self.folder.save(self.states)
-            before = (self.states.cells[chosen[0]].job or "").partition("_")[0]
-            print(f"array {before}: {len(chosen)} cells, {self.study.concurrency} at a time", flush=True)
+            before = [(self.states.cells[chosen[0]].job or "").partition("_")[0]]
+            print(f"array {before[0]}: {len(chosen)} cells, {self.study.concurrency} at a time", flush=True)
 
     def _submit_evaluation(self) -> None:
         """An array that measures what is finished when all arrays are over, by as many jobs as cells run at a time."""
         evaluate = self.study.evaluate
         if evaluate is None:
             return
-        arrays = sorted({job.partition("_")[0] for name in self._active() if (job := self.states.cells[name].job)})
+        arrays = self._arrays()
         runs = [str(self.folder.run_of(name)) for name in self.cells]
         parts = min(self.study.concurrency, len(runs))
         request = Request(tuple(evaluate.shards), tuple(evaluate.train_shards), evaluate.labels, seeds=evaluate.seeds)
@@ -234,6 +236,10 @@ class SlurmRunner:
     def _active(self) -> list[str]:
         """Cells whose jobs are not over."""
         return [name for name in self.cells if self.states.cells[name].state in ("submitted", "running")]
+
+    def _arrays(self) -> list[str]:
+        """Ids of the arrays that these are elements of."""
+        return sorted({job.partition("_")[0] for name in self._active() if (job := self.states.cells[name].job)})
 
     def _measuring(self) -> bool:
         return any(not is_over(job_state(job)) for job in self.states.evaluation)
@@ -280,6 +286,18 @@ def _by_resources(cells: Sequence[Cell]) -> dict[tuple[int, int, int], list[Cell
     for cell in cells:
         found.setdefault((cell.world_size, cell.nodes, cell.processes), []).append(cell)
     return found
+
+
+def _answers() -> bool:
+    return slurm("squeue", "-h", "--name", "none").returncode == 0
+
+
+def state_of(job: str) -> str | None:
+    """The state of a job; None where SLURM does not answer, for that is no reason to submit a cell again."""
+    state = job_state(job)
+    if state != "UNKNOWN":
+        return state
+    return job_state(job) if _answers() else None
 
 
 def _exit_code(job: str) -> int | None:
