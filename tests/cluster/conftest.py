@@ -70,7 +70,8 @@ class Slurm:
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
-                if environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment:
+                ours = environment.get("SLURM_CONF") == str(self.folder / "etc" / "slurm.conf")
+                if ours and environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment:
                     parent = process.parent()
                     if parent is not None and "slurmstepd" in parent.name():
                         found[int(environment["SLURM_PROCID"])] = process
