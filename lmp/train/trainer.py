@@ -131,6 +131,7 @@ class Start:
                 cursor=asdict(progress.cursor),
                 data=self.index.digest,
                 world_size=self.mesh.world_size,
+                device=self._device(),
                 attention=str(self.attention),
             )
         loader = PackLoader(
@@ -330,6 +331,10 @@ class Start:
             "data": data_facts(self.index, self.plan),
             "code": code_state(),
         }
+
+    def _device(self) -> str:
+        device = self.mesh.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def _topology(self) -> str:
         here = self.mesh
