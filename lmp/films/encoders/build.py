@@ -16,7 +16,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_OF_MODALITY: dict[str, Kind] = {"video": "picture", "audio": "sound", "text": "words"}
 NETWORKS: dict[str, Kind] = {"r2plus1d": "picture", "vggish": "sound"}
 FAMILIES: dict[str, Kind] = {  # model types of transformers that may stand for the kind
-    **dict.fromkeys(("videomae", "vjepa2", "siglip2", "siglip", "clip"), "picture"),
+    **dict.fromkeys(("videomae", "vjepa2", "siglip", "clip"), "picture"),
     **dict.fromkeys(("wav2vec2", "wavlm", "hubert", "whisper", "ast", "clap"), "sound"),
     **dict.fromkeys(("bart", "bert", "roberta", "modernbert"), "words"),
 }
@@ -123,8 +123,8 @@ def _build_as(
     # transformers takes seconds to import and only these encoders need it.
     from lmp.films.encoders.transformers_adapter import TransformersEncoder
 
-    _check_options(modality, spec, options, ())
-    return TransformersEncoder(kind, spec, family=family, device=device)
+    _check_options(modality, spec, options, ("tokens", "frames") if kind == "picture" else ("tokens",))
+    return TransformersEncoder(kind, spec, family=family, **options, device=device)
 
 
 def _options(modality: str, part: str) -> tuple[str, dict[str, Any]]:
