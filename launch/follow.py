@@ -158,6 +158,7 @@ def measure_finished(runs: Sequence[str], request: Request) -> None:
     Raises:
         RuntimeError: at the end, when some could not be measured.
     """
+    _set_threads()
     failed = []
     for run in map(Path, runs):
         for step in unmeasured(run, last=True):
@@ -173,7 +174,13 @@ def measure_finished(runs: Sequence[str], request: Request) -> None:
 
 def measure_step(run: str, step: int, request: Request) -> None:
     """A job's work: one checkpoint."""
+    _set_threads()
     measure(Path(run), step, request)
+
+
+def _set_threads() -> None:
+    """Before torch is imported: as many threads as the job has cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
 
 
 def _submit(run: Path, steps: Sequence[int], request: Request, given_up: set[int]) -> bool:

@@ -6,19 +6,15 @@ waits for the one before it, so that the concurrency limit holds for all. A last
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from launch.executor import CHECKOUT
 from launch.follow import Request, measure_finished, one_process, unmeasured
-from launch.job import TrainJob
 from launch.slurm import executor, job_state, submit_array
 from launch.slurm_state import RESTART_SECONDS, is_over, slurm
 from launch.snapshot import Snapshot
@@ -26,20 +22,12 @@ from launch.study_cells import Cell
 from launch.study_collect import last_step
 from launch.study_config import Study
 from launch.study_folder import CellState, StudyFolder, last_words, runnable
+from launch.study_job import run_cell
 from lmp.cluster import ClusterConfig
 from lmp.errors import EXIT_RESTARTS, EXIT_USER, UserError
 
 EVALUATIONS = 2
 """How often the finished cells' evaluation is submitted in one start of a study."""
-
-
-def run_cell(states: str, name: str, token: str, run: str, config: str) -> Any:
-    """A job's work: train one cell, unless it was submitted again since (a launcher was killed while submitting)."""
-    known = json.loads(Path(states).read_text(encoding="utf-8"))["cells"].get(name, {})
-    if known.get("token") != token:
-        print(f"{name} was submitted again; this job leaves it alone", flush=True)
-        return None
-    return TrainJob(run, [config])()
 
 
 class SlurmRunner:
