@@ -144,6 +144,11 @@ def _explain(rank: int, code: int, log: Path) -> None:
         return
     print(f"rank {rank} failed with exit code {code}; the end of {log}:", file=sys.stderr)
     print("\n".join(lines[-25:]), file=sys.stderr)
+    if code == EXIT_AGAIN:
+        print(
+            "the run hung or lost a process: start the same command again, and it goes on from its newest checkpoint",
+            file=sys.stderr,
+        )
 
 
 def _remove_if_only_logs(run: Path) -> None:

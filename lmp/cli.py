@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmp.errors import EXIT_DONE, EXIT_USER, UserError
+from lmp.errors import EXIT_AGAIN, EXIT_DONE, EXIT_USER, UserError
 
 if TYPE_CHECKING:
     from lmp.config import Config
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     from lmp.data import commands as data
     from lmp.downstream import commands as downstream
     from lmp.scaling import commands as bench
-    from lmp.scaling import plan_command
+    from lmp.scaling import parity, plan_command
 
     shards = commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True)
     data.register(shards)
@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine and installation have, what they lack, and why")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
+    parity.register(doctor.add_subparsers(dest="what", metavar="parity"))
 
     demo = commands.add_parser("demo", help="the whole path on films made here")
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
@@ -168,10 +169,19 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         return _dry_run(config, arguments.json)
+    from lmp.parallel.mesh import lost_peer
     from lmp.train.trainer import train
 
     folder = arguments.folder or Path("runs") / config.name
-    outcome = train(config, folder, resume=arguments.resume, new_data=arguments.new_data)
+    try:
+        outcome = train(config, folder, resume=arguments.resume, new_data=arguments.new_data)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        what = str(error).splitlines()[0][:300]
+        print(f"error: another process of the run is gone: {what} -> start again to go on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_AGAIN)  # without unwinding, which may wait for the lost one
     if os.environ.get("RANK", "0") == "0":
         end = "finished" if outcome.finished else "stopped"
         print(f"{end} at step {outcome.step}: {outcome.reason}; see {folder}")

@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from lmp.errors import UserError
 
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL")
+"""In the words of the communication libraries, which raise a plain RuntimeError for most."""
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -78,9 +80,23 @@ def mesh(sequence: int, *, timeout_minutes: float) -> Iterator[Mesh]:
                 own = group
     try:
         yield Mesh(rank=rank, world_size=size, sequence=sequence, device=device, sequence_group=own)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException as error:
+        if not lost_peer(error):  # else leaving cleanly would wait for the lost one
+            _end()
+        raise
+    _end()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone or silent, so that starting again may help."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST)
+    )
+
+
+def _end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_environment() -> None:
