@@ -1,7 +1,8 @@
 """Films that must not be trained on, by id: the guard against evaluating on what was seen.
 
 A list is a text file with one id a line (blank lines and lines that begin with `# ` are skipped). An id names a film
-by the film's key, or by one of the fields of its record (KEY.json) in `ID_FIELDS`, each an id or a list of ids.
+by the film's key, or by one of the fields of its record (KEY.json) in `ID_FIELDS`, each an id or a list of ids, or by
+the `videoid` of one of the record's `clips`.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def record_ids(info: Mapping[str, Any]) -> Iterable[str]:
             yield value
         elif isinstance(value, list):
             yield from (one for one in value if isinstance(one, str))
+    yield from (str(clip["videoid"]) for clip in info.get("clips", ()) if "videoid" in clip)
 
 
 def _read(path: Path) -> set[str]:

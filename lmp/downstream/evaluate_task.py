@@ -105,8 +105,9 @@ def measure(task: AnyTask, trunk: Trunk, videos: Videos, *, labels: Path, settin
 def _measure_items(task: Task, trunk: Trunk, videos: Videos, *, labels: Path, settings: TaskSettings) -> TaskResult:
     items, coverage = task.items(labels, videos)
     _say(task, coverage)
-    _check_parts(task, coverage, [(part.train, part.test) for part in parts(items, seed=0)] if len(items) else [])
-    tested = np.concatenate([part.test for part in parts(items, seed=0)])
+    split = parts(items)
+    _check_parts(task, coverage, [(part.train, part.test) for part in split])
+    tested = np.concatenate([part.test for part in split])
     result = TaskResult(
         task=task.name,
         metric=task.metric,
@@ -121,7 +122,6 @@ def _measure_items(task: Task, trunk: Trunk, videos: Videos, *, labels: Path, se
     found: dict[str, list[dict[str, float]]] = {}
     frozen: dict[str, Tensor] = {}
     for seed in range(settings.seeds):
-        split = parts(items, seed=seed)
         for name, contender in _contenders(trunk, seed, settings).items():
             if settings.mode == "probe" and (name == "untrained" or seed == 0):
                 frozen[name] = rows_of(task, contender, videos.films, items)
@@ -135,8 +135,8 @@ def _measure_items(task: Task, trunk: Trunk, videos: Videos, *, labels: Path, se
                 outputs.append(output)
                 result.chosen.setdefault(name, []).append(float(chosen))
             found.setdefault(name, []).append(task.scores(items, tested, np.concatenate(outputs)))
-        blind_outputs = np.concatenate([constant(task, items, part) for part in split])
-        found.setdefault("constant", []).append(task.scores(items, tested, blind_outputs))
+    blind_outputs = np.concatenate([constant(task, items, part) for part in split])
+    found["constant"] = [task.scores(items, tested, blind_outputs)]
     result.rows = _rows(found)
     return result
 
@@ -215,9 +215,7 @@ def _training_ids(source: Path) -> set[str] | None:
         index = load_index(load_config(path))
     except UserError:
         return None
-    infos = index.infos(range(len(index)))
-    clips = {str(clip["videoid"]) for info in infos for clip in info.get("clips", ())}
-    return clips | set(index.keys) | {one for info in infos for one in record_ids(info)}
+    return set(index.keys) | {one for info in index.infos(range(len(index))) for one in record_ids(info)}
 
 
 def _overlap(tested: Sequence[str], seen: set[str] | None) -> str:

@@ -1,14 +1,15 @@
 """Heads on features of films: a linear probe on frozen features, or a head fitted together with the trunk.
 
-Whatever is chosen (strength of the penalty, epoch) is chosen on val, never on test. Where a task has no val items, a
-quarter of the training groups, drawn by the seed, stands in for it.
+Whatever is chosen is chosen on val, never on test: a probe's penalty by the loss, the epoch of fine-tuning by the
+score. Where a task has no val items, parts of the training groups, drawn by the seed, stand in for it: each quarter in
+turn for a probe, which is then fitted on all of them; one quarter for fine-tuning.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from lmp.model import LmpModel
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 """Of the penalty on the squared weights of a probe, strongest first: each fit begins where the last one ended."""
-ITERATIONS = 100
+ITERATIONS = 50
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,29 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Part:
-    """Items to fit on, to select on, and to test."""
+    """Items to fit on, to select on (maybe none), and to test."""
 
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
 
 
-def parts(items: Items, *, seed: int) -> list[Part]:
+def parts(items: Items) -> list[Part]:
     """One part, or one for each fold; their tests are disjoint."""
     if items.fold_I is None:
-        train, val, test = (items.of_split(split) for split in ("train", "val", "test"))
-        return [Part(*(_hold_out(items, train, seed) if not len(val) else (train, val)), test)]
-    found = []
-    for fold in np.unique(items.fold_I):
-        rest = np.flatnonzero(items.fold_I != fold)
-        found.append(Part(*_hold_out(items, rest, seed), np.flatnonzero(items.fold_I == fold)))
-    return found
+        return [Part(*(items.of_split(split) for split in ("train", "val", "test")))]
+    nothing = np.zeros(0, dtype=np.int64)
+    folds = np.unique(items.fold_I)
+    return [Part(np.flatnonzero(items.fold_I != n), nothing, np.flatnonzero(items.fold_I == n)) for n in folds]
 
 
-def _hold_out(items: Items, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    groups = np.random.default_rng([seed, 0x4A1]).permutation(np.unique(items.group_I[train]))
-    held = np.isin(items.group_I[train], groups[: max(1, len(groups) // 4)])
-    return train[~held], train[held]
+def inner_parts(items: Items, part: Part, *, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What to fit on and what to select on: train and val, or the training groups less a quarter, and that quarter."""
+    if len(part.val):
+        return [(part.train, part.val)]
+    groups = np.random.default_rng([seed, 0x4A1]).permutation(np.unique(items.group_I[part.train]))
+    quarters = [np.isin(items.group_I[part.train], quarter) for quarter in np.array_split(groups, 4) if len(quarter)]
+    return [(part.train[~held], part.train[held]) for held in quarters]
 
 
 def rows_of(task: Task, trunk: Trunk, films: Films, items: Items) -> Tensor:
@@ -101,25 +102,46 @@ def _items_of_windows(items: Items) -> list[np.ndarray]:
 
 
 def fit_probe(task: Task, items: Items, rows_IR: Tensor, part: Part, *, seed: int) -> tuple[np.ndarray, float]:
-    """The output for the tested items of a linear head, [len(part.test), C], and the strength that val chose.
+    """The output for the tested items of a linear head, [len(part.test), C], and the strength that was chosen.
 
     Args:
         rows_IR: of all items; standardised here on the training items.
-        seed: of nothing but the first weights: the problem is convex.
+        seed: of the quarters where there is no val; the fit itself is convex and draws nothing.
     """
-    mean_R, std_R = rows_IR[part.train].mean(0), rows_IR[part.train].std(0, unbiased=False)
-    kept_R = std_R > 1e-6 * mean_R.abs().clamp(min=1e-6)
-    rows_IR = (rows_IR[:, kept_R] - mean_R[kept_R]) / std_R[kept_R]
+    if rows_IR.shape[1]:
+        std_R, mean_R = torch.std_mean(rows_IR[part.train], dim=0, unbiased=False)
+        kept_R = std_R > 1e-6 * mean_R.abs().clamp(min=1e-6)
+        rows_IR = (rows_IR[:, kept_R] - mean_R[kept_R]) / std_R[kept_R]
+    strengths = STRENGTHS if rows_IR.shape[1] else STRENGTHS[:1]
+    inner = inner_parts(items, part, seed=seed) if len(strengths) > 1 else []
+    found = np.zeros((len(inner), len(strengths)))
+    for n, (train, val) in enumerate(inner):
+        target, weight_I = targets(task, items, val)
+        group_I = torch.from_numpy(items.group_I[val])
+        for k, (weight_RC, bias_C) in enumerate(_fits(task, items, rows_IR, train, strengths)):
+            found[n, k] = float(head_loss(task.loss, rows_IR[val] @ weight_RC + bias_C, target, weight_I, group_I))
+    best = int(found.mean(0).argmin()) if len(inner) else 0
+    *_, (weight_RC, bias_C) = _fits(task, items, rows_IR, part.train, strengths[: best + 1])
+    return (rows_IR[part.test] @ weight_RC + bias_C).numpy(), strengths[best]
+
+
+def _fits(
+    task: Task, items: Items, rows_IR: Tensor, train: np.ndarray, strengths: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weights [R, C] and biases [C] of the linear head under each strength."""
     outputs = task.outputs(items)
-    generator = torch.Generator().manual_seed(seed)
-    weight_RC = (0.01 * torch.randn(rows_IR.shape[1], outputs, generator=generator)).requires_grad_()
+    weight_RC = torch.zeros(rows_IR.shape[1], outputs, requires_grad=True)
     bias_C = torch.zeros(outputs, requires_grad=True)
-    target, weight_I = targets(task, items, part.train)
-    group_I = torch.from_numpy(items.group_I[part.train])
-    train_IR = rows_IR[part.train]
-    best: tuple[float, float, Tensor, Tensor] | None = None
-    for strength in STRENGTHS:
-        optimiser = torch.optim.LBFGS([weight_RC, bias_C], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    target, weight_I = targets(task, items, train)
+    group_I, train_IR = torch.from_numpy(items.group_I[train]), rows_IR[train]
+    for strength in strengths:
+        optimiser = torch.optim.LBFGS(
+            [weight_RC, bias_C],
+            max_iter=ITERATIONS,
+            tolerance_grad=1e-5,
+            tolerance_change=1e-7,
+            line_search_fn="strong_wolfe",
+        )
 
         def closure(strength: float = strength, optimiser: torch.optim.LBFGS = optimiser) -> Tensor:
             optimiser.zero_grad()
@@ -129,12 +151,7 @@ def fit_probe(task: Task, items: Items, rows_IR: Tensor, part: Part, *, seed: in
             return loss
 
         optimiser.step(closure)
-        output = (rows_IR[part.val] @ weight_RC + bias_C).detach().numpy()
-        score = task.scores(items, part.val, output)[task.metric] * (1 if task.higher else -1)
-        if best is None or score > best[0]:
-            best = score, strength, weight_RC.detach().clone(), bias_C.detach().clone()
-    assert best is not None
-    return (rows_IR[part.test] @ best[2] + best[3]).numpy(), best[1]
+        yield weight_RC.detach().clone(), bias_C.detach().clone()
 
 
 def constant(task: Task, items: Items, part: Part) -> np.ndarray:
@@ -233,10 +250,11 @@ def fine_tune(
             weight_decay=settings.weight_decay,
         )
         random = np.random.default_rng([seed, 0xF17E])
+        train, val = inner_parts(items, part, seed=seed)[0]
         best: tuple[float, int, np.ndarray] | None = None
         for epoch in range(1, settings.epochs + 1):
             head.train()
-            for chosen in _batches(task, items, part.train, settings.batch, random):
+            for chosen in _batches(task, items, train, settings.batch, random):
                 target, weight_I = targets(task, items, chosen)
                 output_IC = head(_forward(task, items, learnt, films, chosen))
                 group_I = torch.from_numpy(items.group_I[chosen])
@@ -246,8 +264,8 @@ def fine_tune(
                 loss.backward()
                 optimiser.step()
             head.eval()
-            judged = [_output(task, items, learnt, films, head, chosen) for chosen in (part.val, part.test)]
-            score = task.scores(items, part.val, judged[0])[task.metric] * (1 if task.higher else -1)
+            judged = [_output(task, items, learnt, films, head, chosen) for chosen in (val, part.test)]
+            score = task.scores(items, val, judged[0])[task.metric] * (1 if task.higher else -1)
             if best is None or score > best[0]:
                 best = score, epoch, judged[1]
             elif epoch - best[1] >= settings.patience:

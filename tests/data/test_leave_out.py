@@ -44,7 +44,7 @@ def shards(tmp_path: Path) -> Path:
             "-b_1": {},
             "c": {"imdbid": "tt01"},
             "d": {"videoids": ["x1", "x2"]},
-            "e": {"title": "tt01"},
+            "e": {"title": "tt01", "clips": [{"videoid": "y1", "start": 0, "stop": 3}]},
         },
     )
 
@@ -116,7 +116,7 @@ def test_a_bad_list_is_refused(tmp_path: Path, text: str, problem: str) -> None:
 
 
 def test_leaving_out_everything_is_refused(shards: Path, tmp_path: Path) -> None:
-    leave_out = LeaveOut.read([listed(tmp_path / "l", "a", "-b_1", "tt01", "x1", "e")])
+    leave_out = LeaveOut.read([listed(tmp_path / "l", "a", "-b_1", "tt01", "x1", "y1")])
     with pytest.raises(UserError, match="every film"):
         FilmIndex.load(shards, leave_out=leave_out)
 

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -60,19 +61,39 @@ def similarity_windows(rows_SF: Tensor) -> Tensor:
     either side.
     """
     unit_SF = normalize(rows_SF.float(), dim=1)
-    cosine_SS = unit_SF @ unit_SF.T
     shots = len(unit_SF)
+    # Sums over squares of the matrix of cosines are differences of its cumulated sums.
+    cosine_SS = unit_SF @ unit_SF.T
+    area = torch.zeros(shots + 1, shots + 1, dtype=torch.float64, device=unit_SF.device)
+    area[1:, 1:] = cosine_SS.double().cumsum(0).cumsum(1)
+    gap = torch.arange(1, shots, device=unit_SF.device)  # rows before it are on its left
     columns = [cosine_SS.diagonal(1)]
     for reach in REACHES:
-        found = []
-        for gap in range(shots - 1):
-            left, right = slice(max(0, gap + 1 - reach), gap + 1), slice(gap + 1, min(shots, gap + 1 + reach))
-            across = cosine_SS[left, right]
-            middle = normalize(torch.stack([unit_SF[left].mean(0), unit_SF[right].mean(0)]), dim=1)
-            sides = cosine_SS[left, left].mean(), cosine_SS[right, right].mean()
-            found.append(torch.stack([across.mean(), across.max(), middle[0] @ middle[1], *sides]))
-        columns += list(torch.stack(found).T)
-    return torch.stack(columns, dim=1)
+        left, right = (gap - reach).clamp(min=0), (gap + reach).clamp(max=shots)
+
+        def total(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
+            (a, b), (c, d) = rows, columns
+            return area[b, d] - area[a, d] - area[b, c] + area[a, c]
+
+        lefts, rights = (left, gap), (gap, right)
+        n, m = gap - left, right - gap
+        across, within_left, within_right = total(lefts, rights), total(lefts, lefts), total(rights, rights)
+        # The cosine of two mean rows: their product over their lengths, all of which are such sums.
+        of_means = across / (within_left * within_right).clamp(min=1e-12).sqrt()
+        columns += [across / (n * m), _largest(cosine_SS, reach)]
+        columns += [of_means, within_left / n**2, within_right / m**2]
+    return torch.stack([column.float() for column in columns], dim=1)
+
+
+def _largest(cosine_SS: Tensor, reach: int) -> Tensor:
+    """The largest cosine between the `reach` shots before each gap and those after it: [S - 1]."""
+    padded = F.pad(cosine_SS, (reach, reach, reach, reach), value=-2.0)
+    best = torch.full((len(cosine_SS) - 1,), -2.0, device=cosine_SS.device)
+    gap = torch.arange(1, len(cosine_SS), device=cosine_SS.device)
+    for before in range(1, reach + 1):
+        for after in range(reach):
+            best = torch.maximum(best, padded[gap - before + reach, gap + after + reach])
+    return best
 
 
 class SceneBoundaries(Task):
@@ -87,8 +108,8 @@ class SceneBoundaries(Task):
     def ids(self, labels: Path) -> dict[str, list[str]]:
         if (Path(labels) / "split.json").is_file():
             return read_json_split(Path(labels) / "split.json")
-        folders = {path.parent.name for path in Path(labels).glob("*/scenesByFrames.txt")}
-        return {"train": [], "val": [], "test": sorted(folders | {path.stem for path in Path(labels).glob("*.txt")})}
+        found = {path.parent.name for path in Path(labels).glob("*/scenesByFrames.txt")}
+        return {"train": [], "val": [], "test": sorted(found or {path.stem for path in Path(labels).glob("*.txt")})}
 
     def items(self, labels: Path, videos: Videos) -> tuple[Items, Coverage]:
         rows, coverage = ItemRows(), Coverage()
@@ -96,8 +117,6 @@ class SceneBoundaries(Task):
         leave_one_out = not (Path(labels) / "split.json").is_file()
         shown: list[np.ndarray] = []
         for key, split in sorted(split_of.items()):
-            if leave_one_out and not _has_labels(Path(labels), key):
-                continue
             clip = coverage.look(videos, key, split)
             if clip is None or clip.stop - clip.start < 2:
                 continue
@@ -177,10 +196,6 @@ def read_gaps(labels: Path, key: str, shots: int) -> np.ndarray:
     if len(ends_N) not in (shots - 1, shots):
         raise UserError(f"{path} has {len(ends_N)} lines, the shards {shots} shots", remedy="make them of these shots")
     return ends_N[: shots - 1]
-
-
-def _has_labels(labels: Path, key: str) -> bool:
-    return (labels / key / "shots.txt").is_file() or (labels / f"{key}.txt").is_file()
 
 
 def _spans(path: Path) -> np.ndarray:
