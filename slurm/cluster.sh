@@ -110,7 +110,8 @@ slurm_conf() {
   case "$ISOLATE$own_address" in 1127.*) ;; *) own_address= ;; esac
   # cred_expire: a requeued job waits that long and a second before it may start (SLURM's default is 120 s).
   # config_overrides: believe the CPUs, memory and GPUs given here. DefMemPerCPU: else a job without --mem takes
-  # all memory of a node. FirstJobId: jobs derive ports from their ids, and there may be other clusters here. linuxproc, task/none: no cgroups. KillWait, SlurmdTimeout: short, for tests.
+  # all memory of a node. FirstJobId: jobs derive ports from their ids, and there may be other clusters here.
+  # linuxproc, task/none: no cgroups. KillWait, SlurmdTimeout: short, for tests.
   cat <<END
 ClusterName=lmptest
 SlurmctldHost=$host(${own_address:-127.0.0.1})

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 
 import psutil
 import pytest
@@ -26,6 +27,8 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.given_up = Event()
+        """Set when nobody waits for the outcome any more."""
 
     def script(self, command: str, *arguments: str) -> str:
         """Run a command of slurm/cluster.sh on this cluster."""
@@ -61,6 +64,7 @@ class Slurm:
         """Wait for something, and say what when it does not come."""
         end = time.monotonic() + timeout
         while not test():
+            assert not self.given_up.is_set(), "interrupted"
             assert time.monotonic() < end, f"waited {timeout:.0f} s for {what}\n{_run('squeue')}"
             time.sleep(0.2)
 
