@@ -64,6 +64,8 @@ class TrainJob:
         Interruption().install()
         folder = RunFolder(Path(self.run))
         _log_to(folder, place, console)
+        if place.rank == 0:
+            tell("run", str(folder.path.resolve()))
         arguments = parser().parse_args([self.run, *self.arguments])
         config = load_config(arguments.config, arguments.overrides)
         finished = folder.finished_step()
@@ -91,11 +93,11 @@ class TrainJob:
 
     def _launch(self, folder: RunFolder, place: Place, config: Config, console: TextIO) -> None:
         """Rank 0, before torch is imported: may this start go on?"""
-        tell("run", str(folder.path.resolve()))
         checkpoint = newest_checkpoint(folder)
         facts: dict[str, Any] = {"job": place.job, "restart": place.restart}
         if shutil.which("scontrol"):
             check_free(folder.path, job=place.job)
+        self._keep_record(folder, place)
         reason = refused(ledger(folder), **facts, checkpoint=checkpoint, cluster=config.cluster)
         if place.restart and folder.stop.exists():
             # Asked to stop, but it ended otherwise before it could. The exit code makes srun end the other processes.
@@ -106,7 +108,6 @@ class TrainJob:
             remedy = f"read {folder.logs / 'rank-0000.log'}, mend it, and submit again"
             print(f"error: {reason} -> {remedy}", file=console)
             _leave(EXIT_RESTARTS, f"error: {reason} -> {remedy}", told=EXIT_RESTARTS)
-        self._keep_record(folder, place)
         folder.note("launch", **facts, checkpoint=checkpoint, world_size=place.world_size, code=str(_code()))
 
     def _keep_record(self, folder: RunFolder, place: Place) -> None:
@@ -178,7 +179,7 @@ def _leave(code: int, words: str, *, told: int | None = None) -> NoReturn:
         told: what the batch script is to end with, whatever becomes of the other processes.
     """
     if told is not None:
-        tell("exit", str(told))
+        tell("exit", f"{told} {words}")
     if words:
         print(words)
     sys.stdout.flush()

@@ -5,7 +5,7 @@
 #   srun ARGUMENT...                        # a function: srun in the background, so that signals are handled at once
 #   after_step $?                           # ends the script
 #
-# The processes leave word in $LMP_HANDOVER (launch/handover.py): "run PATH", "requeue REASON", "exit CODE". With 0 and
+# The processes leave word in $LMP_HANDOVER (launch/handover.py): "run PATH", "requeue REASON", "exit CODE WHY". With 0 and
 # no wish to be requeued, 2 (the user's mistake) and 3 (too many restarts) the job is over; after any other exit code,
 # and at the time limit, it goes back to the queue, at most MAX_RESTARTS times. A cancelled job stays cancelled.
 
@@ -89,13 +89,14 @@ after_step() {
   told=$(sed -n 's/^exit //p' "$LMP_HANDOVER" 2>/dev/null | head -n 1)
   reason=$(sed -n 's/^requeue //p' "$LMP_HANDOVER" 2>/dev/null | head -n 1)
   # A process that ends with 2 or 3 is soon followed by others that srun has killed.
-  code=${told:-$code}
+  [ -z "$told" ] || code=${told%% *}
   lmp_say "the step ended with $code"
   # A function that raised an exception (not lmp's training) has left its result: another try would end the same.
   if [ "$code" = 1 ] && compgen -G "${LMP_HANDOVER%/*}/${lmp_job}_*_result.pkl" >/dev/null; then exit 1; fi
   case $code in
     0) if [ -n "$reason" ]; then lmp_requeue "$reason"; code=$?; fi ;;
-    2 | 3) ;;
+    2) lmp_note refused "${told:+${told#* }}" ;;
+    3) ;; # rank 0 has noted why
     *) lmp_requeue "the processes ended with $code" || code=$? ;;
   esac
   exit "$code"

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -116,12 +116,14 @@ def test_a_checkpoint_made_anew_is_another_one(tmp_path: Path) -> None:
     assert newest_checkpoint(folder) != before
 
 
-def task(folder: Path, slurm: FakeSlurm, **variables: str) -> subprocess.CompletedProcess[str]:
+def task(
+    folder: Path, slurm: FakeSlurm, *, overrides: Sequence[str] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
     """One task of a job, as slurm/train.sbatch starts it."""
     config = write_config(folder / "config.yaml", config_of(folder / "shards"))
     step = {**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "localhost"}
     return subprocess.run(
-        [sys.executable, "-m", "launch.job", str(folder / "run"), str(config)],
+        [sys.executable, "-m", "launch.job", str(folder / "run"), str(config), *overrides],
         env={**environment(), **slurm.environment, **step, "LMP_HANDOVER": str(folder / "handover"), **variables},
         cwd=ROOT,
         text=True,
@@ -146,10 +148,13 @@ def test_a_crash_loop_is_refused_with_its_reason(tmp_path: Path, slurm: FakeSlur
         ledger.write('{"event": "laun')
     done = task(tmp_path, slurm)
     assert done.returncode == 3, done.stderr
-    assert "error: crash loop: the last 3 starts" in done.stdout
-    assert (tmp_path / "handover").read_text().splitlines() == [f"run {tmp_path / 'run'}", "exit 3"]
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("error: crash loop: the last 3 starts")
+    assert (tmp_path / "handover").read_text().splitlines() == [f"run {tmp_path / 'run'}", f"exit 3 {line}"]
     last = json.loads((tmp_path / "run/ledger.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "refused" and "crash loop" in last["reason"]
+    record = json.loads((tmp_path / "run/job.json").read_text())
+    assert record["job"] == "41", "a job that was not submitted by launch.slurm is found too"
 
 
 def test_a_job_that_was_asked_to_stop_does_not_begin_anew(tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -161,12 +166,11 @@ def test_a_job_that_was_asked_to_stop_does_not_begin_anew(tmp_path: Path, slurm:
 
 
 def test_a_users_mistake_is_one_line_and_no_requeue(tmp_path: Path, slurm: FakeSlurm) -> None:
-    done = task(tmp_path, slurm)  # there are no shards
+    done = task(tmp_path, slurm, overrides=["train.stesp=5"])
     assert done.returncode == 2, done.stderr
-    assert "error: " in done.stdout.splitlines()[-1] and "shards" in done.stdout.splitlines()[-1]
-    assert "exit 2" in (tmp_path / "handover").read_text()
-    record = json.loads((tmp_path / "run/job.json").read_text())
-    assert record["job"] == "41", "a job that was not submitted by launch.slurm is found too"
+    assert "error: " in done.stdout.splitlines()[-1] and "train.stesp" in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1] in (tmp_path / "run/logs/rank-0000.log").read_text()
+    assert f"exit 2 {done.stdout.splitlines()[-1]}" in (tmp_path / "handover").read_text()
 
 
 def test_a_folder_of_another_running_job_is_refused(tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -234,7 +238,15 @@ def test_what_a_step_ends_with_decides(batch: Batch, step: str, code: int, reque
     assert batch.run(batch.tell + step) == (code, requeued)
     ledger = batch.folder / "run/ledger.jsonl"
     events = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
-    assert [event["event"] for event in events] == ["requeue"] * requeued
+    assert [event["event"] for event in events] == (["requeue"] if requeued else ["refused"] if code == 2 else [])
+
+
+def test_a_mistake_told_by_one_of_many_is_in_the_ledger(batch: Batch) -> None:
+    told = 'exit 2 error: "a" holds no manifest'
+    step = f"echo '{told}' >> $LMP_HANDOVER; exit 137"
+    assert batch.run(batch.tell + step) == (2, False)
+    (event,) = [json.loads(line) for line in (batch.folder / "run/ledger.jsonl").read_text().splitlines()]
+    assert event["reason"] == "error: 'a' holds no manifest"
 
 
 def test_word_of_an_earlier_start_does_not_count(batch: Batch) -> None:
