@@ -61,8 +61,10 @@ class SlurmRunner:
         self._recover()
         for name in self.cells:
             self._look(name, again=True)
-        self._submit([name for name in self.cells if self.states.cells[name].state == "waiting"])
-        if self._unmeasured() or self._active():
+        waiting = [name for name in self.cells if self.states.cells[name].state == "waiting"]
+        self._submit(waiting)
+        # An evaluation that waits for the very arrays that go on is enough.
+        if (self._unmeasured() or self._active()) and (waiting or not self._measuring()):
             self._submit_evaluation()
         self.folder.save(self.states)
 
