@@ -197,6 +197,7 @@ class Start:
             if verdict.reason:
                 self._tell(f"step {step}: {self._words(verdict, batch)}", "unsound step", step=step)
             if verdict.action is Action.STOP:
+                saver.settle()
                 raise UserError(
                     f"step {step}: {self._words(verdict, batch)}",
                     remedy="lower optimizer.lr, look at those films, or allow more in section health; nothing was "
