@@ -10,7 +10,7 @@ import os
 
 
 def tell(word: str, value: str) -> None:
-    """Append a line: `run PATH`, `requeue REASON` or `exit CODE WHY`. Without a batch script of ours, nothing happens."""
+    """Append a line: `run PATH`, `requeue REASON` or `exit CODE WHY`; nothing without a batch script of ours."""
     path = os.environ.get("LMP_HANDOVER")
     if path:
         with open(path, "a", encoding="utf-8") as file:  # noqa: PTH123
