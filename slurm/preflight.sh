@@ -31,16 +31,22 @@ preflight_job() {
 
 preflight_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
-# STAGE ARGUMENT...: one task on each node; prints what the tasks print.
+# Processes that the job has on each node; where they differ, on that with the fewest.
+preflight_ranks() { tr ',' '\n' <<<"${SLURM_TASKS_PER_NODE:-1}" | sed 's/(.*//' | sort -n | head -n 1; }
+
+# STAGE ARGUMENT...: one task on each node, with the processors of all that will run there; prints what they print.
 preflight_stage() {
+  local ranks
+  ranks=$(preflight_ranks)
   # A task that cannot start Python still gives a verdict; a node that cannot start a task gives none. SIGUSR2 is
   # meant for the training: whoever sends it now (a preemption) goes on to end the job, and nothing is lost.
   # shellcheck disable=SC2086
   timeout --kill-after=10 "${LMP_PREFLIGHT_LIMIT:-300}" \
+    env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK -u SLURM_TRES_PER_TASK \
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    --kill-on-bad-exit=0 --wait=0 --unbuffered ${LMP_PREFLIGHT_SRUN:-} \
+    --cpus-per-task=$((${SLURM_CPUS_PER_TASK:-1} * ranks)) --kill-on-bad-exit=0 --wait=0 --unbuffered ${LMP_PREFLIGHT_SRUN:-} \
     bash -c 'trap "" USR2; "$0" -m lmp.scaling.preflight "$@" || echo "PREFLIGHT bad $SLURMD_NODENAME python: exit code $?"' \
-    "${LMP_PYTHON:-python}" "$@" </dev/null 2>&1
+    "${LMP_PYTHON:-python}" "$@" --ranks "$ranks" </dev/null 2>&1
 }
 
 # FILE: prints "NODE REASON" for each bad node of a stage's output.
@@ -121,18 +127,17 @@ preflight_leave_out() {
 
 # Both stages. The reports of the nodes are kept; bad nodes are left in $preflight_bad, one "NODE REASON" a line.
 preflight_report() {
-  local report first address ranks
+  local report first address
   mkdir -p "$LMP_RUN/logs"
   report=$LMP_RUN/logs/preflight-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.log
-  ranks=${SLURM_TASKS_PER_NODE%%[^0-9]*}
-  preflight_stage node --run "$LMP_RUN" --ranks "${ranks:-1}" >"$report"
+  preflight_stage node --run "$LMP_RUN" >"$report"
   preflight_bad=$(preflight_verdicts "$report")
   if [ -z "$preflight_bad" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     first=$(preflight_nodes | head -n 1)
     address=$first # or the node's address, where names do not resolve
     getent hosts "$first" >/dev/null || address=$(scontrol show node -o "$first" | tr ' ' '\n' | sed -n 's/^NodeAddr=//p')
     # 32000 and above: beyond the port of the run itself, below those that the kernel hands out.
-    preflight_stage network --nodes "$(preflight_nodes | paste -sd, -)" --ranks "${ranks:-1}" \
+    preflight_stage network --nodes "$(preflight_nodes | paste -sd, -)" \
       --address "$address" --port $((32000 + SLURM_JOB_ID % 700)) >"$report.network"
     preflight_bad=$(preflight_verdicts "$report.network")
     cat "$report.network" >>"$report"
