@@ -70,11 +70,12 @@ class Extractor:
     """Gives the features of any film of an index.
 
     Raises:
-        UserError: the model has no such tokens or layer, or the films are not what it was trained on.
+        UserError: the model has no such tokens or layer, the films are not what it was trained on, or the device
+            cannot be used.
     """
 
     def __init__(self, source: Source, index: FilmIndex, extraction: Extraction, *, device: str) -> None:
-        self.index, self.extraction, self.device = index, extraction, torch.device(device)
+        self.index, self.extraction, self.device = index, extraction, _device(device)
         self.config = source.trained.config
         known = [*self.config.modalities, CROSS_MODAL, JOINED]
         tokens = extraction.tokens
@@ -85,7 +86,7 @@ class Extractor:
         self._single = tokens in self.config.modalities
         self.model: LmpModel | LmpContextualModel = source.model.lmp
         if self._single:
-            part = open_source_part(source, tokens)
+            part = source.of_part(tokens)
             self.model = LmpContextualModel(part.config).eval()
             self.model.load_state_dict(part.weights, strict=True)
         self.model.to(self.device)
@@ -178,9 +179,14 @@ class Extractor:
         return caught
 
 
-def open_source_part(source: Source, part: str) -> Source:
-    """The same checkpoint, of which one modality's contextual transformer is taken."""
-    return Source(source.trained, source.model, part, False, source.ties, source.origin)
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name}: cannot be used: {told}", remedy="take cpu, or what `lmp doctor` lists"
+        ) from error
 
 
 @dataclass(frozen=True)

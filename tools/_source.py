@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Source:
         model: the training model with its weights.
         part: a modality, `CROSS_MODAL`, or None for the whole model.
         with_heads: whether the heads of pretraining are exported.
-        ties: exported name -> the exported name whose tensor the training model shares with it.
+        tied: name in the training model -> the name of the same parameter that comes first.
         origin: where the weights come from.
     """
 
@@ -74,8 +74,27 @@ class Source:
     model: LmpForPretraining
     part: str | None
     with_heads: bool
-    ties: dict[str, str]
+    tied: dict[str, str]
     origin: Origin
+
+    def of_part(self, part: str) -> Source:
+        """The same checkpoint, of which only a part is taken.
+
+        Raises:
+            UserError: the model has no such part.
+        """
+        parts = [*self.trained.config.modalities, CROSS_MODAL]
+        if part not in parts:
+            raise UserError(f"--part {part}: the model has no such part", remedy=f"name one of {', '.join(parts)}")
+        if self.with_heads:
+            raise UserError(f"--part {part} with --with-heads: heads belong to the whole model", remedy="leave one out")
+        return replace(self, part=part)
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Exported name -> the exported name whose tensor the training model shares with it."""
+        pairs = (tuple(_exported_name(n, self.part, self.with_heads) for n in pair) for pair in self.tied.items())
+        return {name: first for name, first in pairs if name is not None and first is not None}
 
     @property
     def config(self) -> LmpConfig:
@@ -181,11 +200,6 @@ def open_source(
         UserError: no such run, step or part, not finished, or tensors that are not the model's.
     """
     trained = load_trained(run, step=step, require_finished=not allow_unfinished)
-    parts = [*trained.config.modalities, CROSS_MODAL]
-    if part is not None and part not in parts:
-        raise UserError(f"--part {part}: the model has no such part", remedy=f"name one of {', '.join(parts)}")
-    if part is not None and with_heads:
-        raise UserError(f"--part {part} with --with-heads: heads belong to the whole model", remedy="leave one out")
     model = LmpForPretraining(trained.config).float()
     ties = _ties(model)
     weights = dict(trained.weights)
@@ -199,15 +213,15 @@ def open_source(
                 )
     check_tensors(weights, model.state_dict(), source=str(trained.path))
     model.load_state_dict(weights, strict=True)
-    exported = {_exported_name(a, part, with_heads): _exported_name(b, part, with_heads) for a, b in ties.items()}
-    return Source(
+    source = Source(
         trained=trained,
         model=model.requires_grad_(False).eval(),
-        part=part,
+        part=None,
         with_heads=with_heads,
-        ties={a: b for a, b in exported.items() if a is not None and b is not None},
+        tied=ties,
         origin=_origin(run, trained, license_name),
     )
+    return source if part is None else source.of_part(part)
 
 
 def fixed_input(config: LmpConfig) -> dict[str, Any]:

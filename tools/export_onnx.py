@@ -121,7 +121,7 @@ def export(run: Path, out: Path, *, parts: Sequence[str] = (), overwrite: bool =
     check_folder(out, overwrite=overwrite)
     whole = open_source(run, **which)
     names = list(dict.fromkeys(parts)) or [*whole.config.modalities, CROSS_MODAL]
-    sources = {name: open_source(run, part=name, **which) for name in names}
+    sources = {name: whole.of_part(name) for name in names}
     with new_folder(out) as folder:
         differences, files = {}, {}
         for name, source in sources.items():

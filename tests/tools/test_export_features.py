@@ -257,6 +257,7 @@ def test_many_shots_fit_an_h5(tmp_path: Path) -> None:
         ("npy", ["--layer", "0"], "which transformer?"),
         ("npy", ["--pooling", "none"], "K differs"),
         ("npy", ["--stride", "0"], "more than 0"),
+        ("npy", ["--device", "toaster"], "--device toaster: cannot be used"),
         ("npy", ["--overlap", "8"], "an overlap of 0 or more below it"),
         ("npy", ["--window", "99"], "the model numbers 16 shots"),
         ("npy", ["--folder-by", "genre"], "which names no folder"),
