@@ -91,8 +91,9 @@ def slurm() -> Iterator[Slurm]:
     missing = [daemon for daemon in DAEMONS if shutil.which(daemon, path=path) is None]
     if missing:
         pytest.skip(f"no SLURM here: {', '.join(missing)} missing (as root: slurm/cluster.sh install)")
-    if os.geteuid() != 0:
-        pytest.skip("the nodes of the test cluster need namespaces of their own, which takes root")
+    isolate = ["unshare", "--pid", "--uts", "--mount", "--fork", "--mount-proc", "true"]
+    if subprocess.run(isolate, capture_output=True).returncode != 0:
+        pytest.skip("the nodes of the test cluster need namespaces of their own, which takes root and its capabilities")
     # Under a short path, for it holds unix sockets.
     folder = Path(tempfile.mkdtemp(prefix="lmp-slurm-"))
     cluster = Slurm(folder)
