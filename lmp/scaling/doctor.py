@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -33,6 +35,17 @@ PACKAGES = (
     "safetensors",
     "submitit",
 )
+SLURM_SETTINGS = (
+    "SLURM_VERSION",
+    "AccountingStorageType",
+    "JobRequeue",
+    "PreemptType",
+    "PreemptMode",
+    "PreemptParameters",
+    "SlurmctldParameters",
+    "ProctrackType",
+    "KillWait",
+)
 HEAD_DIM = 128
 """Of the presets."""
 
@@ -54,7 +67,9 @@ def examine() -> dict[str, Any]:
         attention: the device and dtype that were asked about, what `auto` takes there, and for each backend
             whether it is available, why not, and how far it was from fp64 when it was tried (see `try_backend`).
         distributed: whether torch was built with gloo and nccl.
-        slurm: the commands that are there, and the variables of the job that this runs in.
+        slurm: the commands that are there, the variables of the job that this runs in, and what of the cluster's
+            settings decides whether jobs are requeued; why not, where it does not answer.
+        limits: open files of a process, and shared memory in GiB.
         disk: of the current folder, in GiB.
         extras: for each extra of lmp what it lacks, and how to install it.
     """
@@ -65,6 +80,7 @@ def examine() -> dict[str, Any]:
         "attention": _attention(),
         "distributed": _distributed(),
         "slurm": _slurm(),
+        "limits": _limits(),
         "disk": _disk(Path.cwd()),
         "extras": _extras(),
     }
@@ -183,7 +199,30 @@ def _slurm() -> dict[str, Any]:
     return {
         "commands": {name: shutil.which(name) for name in ("sbatch", "srun", "scontrol")},
         "job": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_")},
+        "cluster": _cluster(),
     }
+
+
+def _cluster() -> dict[str, Any]:
+    """What `scontrol show config` says, or why it says nothing."""
+    if shutil.which("scontrol") is None:
+        return {"answers": False, "reason": "no scontrol here"}
+    try:
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return {"answers": False, "reason": "scontrol did not answer within 20 s"}
+    if done.returncode:
+        return {"answers": False, "reason": (done.stderr.strip().splitlines() or ["no words"])[-1]}
+    pairs = (line.partition("=") for line in done.stdout.splitlines())
+    settings = {name.strip(): value.strip() for name, equals, value in pairs if equals}
+    return {"answers": True, "settings": {name: settings[name] for name in SLURM_SETTINGS if name in settings}}
+
+
+def _limits() -> dict[str, Any]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shared = Path("/dev/shm")
+    size = round(shutil.disk_usage(shared).total / 2**30, 1) if shared.is_dir() else None
+    return {"open_files": soft, "open_files_hard": hard, "shared_memory_gib": size}
 
 
 def _disk(folder: Path) -> dict[str, Any]:
@@ -225,6 +264,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     text += ["machine", f"  {machine['cores']} cores of {machine['cpu']}, {machine['system']}"]
     text.append(f"  memory {machine['available_gib']} GiB available of {machine['memory_gib']}")
     text.append(f"  disk   {disk['free_gib']} GiB free of {disk['total_gib']} at {disk['folder']}")
+    limits = found["limits"]
+    text.append(
+        f"  limits {limits['open_files']} open files a process (at most {limits['open_files_hard']}), "
+        f"shared memory {limits['shared_memory_gib'] or '-'} GiB"
+    )
     text += [
         f"  GPU {number}: {d['name']}, capability {d['capability']}, {d['free_gib']} GiB free of {d['memory_gib']}"
         for number, d in enumerate(found["devices"])
@@ -241,6 +285,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     text.append(
         f"  SLURM         {', '.join(commands) or 'no commands here'}; {f'job {job}' if job else 'not in a job'}"
     )
+    cluster = slurm["cluster"]
+    if cluster["answers"]:
+        text += [f"  {name:21} {value}" for name, value in cluster["settings"].items()]
+    elif commands:
+        text.append(f"  the cluster does not answer: {cluster['reason']}")
     text.append("extras")
     for extra, needs in found["extras"].items():
         lacks = f"lacks {', '.join(needs['missing'])}: {needs['install']}" if needs["missing"] else "installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lmp.cli import main
 from lmp.model import Segments, attention
 from lmp.model.backends import BACKENDS, Backend
-from lmp.scaling.doctor import examine, try_backend
+from lmp.scaling.doctor import examine, lines, try_backend
 
 
 def test_findings_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +22,7 @@ def test_findings_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert found["versions"]["torch"] == torch.__version__
     assert found["distributed"]["gloo"] is torch.distributed.is_gloo_available()
     assert found["slurm"]["job"]["SLURM_JOB_ID"] == "4711"
+    assert 0 < found["limits"]["open_files"] <= found["limits"]["open_files_hard"]
     assert 0 < found["disk"]["free_gib"] <= found["disk"]["total_gib"]
     assert 0 < found["machine"]["available_gib"] <= found["machine"]["memory_gib"]
     assert len(found["devices"]) == torch.cuda.device_count()
@@ -32,6 +34,30 @@ def test_findings_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     if not torch.cuda.is_available():
         assert backends["flash3"]["reason"] == "runs on CUDA devices only, not on cpu"
         assert found["attention"]["auto"] == "sdpa"
+
+
+ANSWER = """Configuration data as of 2026-01-01T00:00:00
+AccountingStorageType   = accounting_storage/none
+JobRequeue              = 1
+PreemptMode             = REQUEUE
+SLURM_VERSION           = 22.05.8
+"""
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_what_a_cluster_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    command = tmp_path / "scontrol"
+    command.write_text(f"#!/bin/sh\ncat <<'END'\n{ANSWER}END\n" if answers else "#!/bin/sh\necho no host >&2; exit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = examine()
+    told = "\n".join(lines(found))
+    if answers:
+        assert found["slurm"]["cluster"]["settings"]["JobRequeue"] == "1"
+        assert "accounting_storage/none" in told
+    else:
+        assert found["slurm"]["cluster"] == {"answers": False, "reason": "no host"}
+        assert "the cluster does not answer: no host" in told
 
 
 def test_extras_name_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
