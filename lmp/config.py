@@ -307,8 +307,9 @@ def contradictions(config: Config) -> list[str]:
         faults.append(f"model.max_positions={model.max_positions} cannot number the {window} places of a window")
     if model.sources is not None and model.target in model.sources:
         faults.append(f"model.sources holds model.target={model.target}: the target cannot be its own source")
-    if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
-        faults.append("checkpoint.every_steps and checkpoint.every_minutes are both null: nothing would be saved")
+    saving = config.checkpoint
+    if saving.every_steps is None and saving.every_minutes is None and saving.keep_every_steps is None:
+        faults.append("checkpoint.every_steps, every_minutes and keep_every_steps are all null: nothing would be saved")
     if config.memory.offload and config.memory.checkpointing == "none":
         faults.append("memory.offload=true with memory.checkpointing=none: there are no checkpoints to offload")
     if config.train.compile and parallel.zero == 3:
