@@ -58,12 +58,13 @@ def sides_of(task: RetrievalTask, trunk: Trunk, films: Films, windows: Sequence[
 def ridge(task: RetrievalTask, sides: tuple[Tensor, Tensor], clips: Clips, *, seed: int) -> tuple[Tensor, float]:
     """Cosines of every tested query with every tested candidate, after regression from the one to the other.
 
-    Both sides are standardised on the training clips.
+    Candidates are standardised on the training clips; queries are centred and scaled as a whole, so that their weak
+    directions (the tail of a text's components) stay weak.
 
     Returns:
         [n, n], and the strength that val chose.
     """
-    query_NF, gallery_NG = (_standardised(rows, clips.train) for rows in sides)
+    query_NF, gallery_NG = _centred(sides[0], clips.train), _standardised(sides[1], clips.train)
     x, y = query_NF[clips.train].double(), gallery_NG[clips.train].double()
     values_F, vectors_FF = torch.linalg.eigh(x.T @ x)
     rotated_FG = vectors_FF.T @ (x.T @ y)
@@ -160,6 +161,11 @@ def _side(names: tuple[str, ...], window: Window, blocks: dict[str, Tensor], fil
 def _standardised(rows_NF: Tensor, train: np.ndarray) -> Tensor:
     std_F, mean_F = torch.std_mean(rows_NF[train], dim=0, unbiased=False)
     return (rows_NF - mean_F) / torch.where(std_F > 1e-6, std_F, torch.inf)
+
+
+def _centred(rows_NF: Tensor, train: np.ndarray) -> Tensor:
+    centred_NF = rows_NF - rows_NF[train].mean(0)
+    return centred_NF / centred_NF[train].square().mean().sqrt().clamp(min=1e-6)
 
 
 def _cosines(query_NF: Tensor, gallery_NG: Tensor, weight_FG: Tensor, chosen: np.ndarray) -> Tensor:

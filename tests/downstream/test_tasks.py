@@ -16,8 +16,10 @@ from torch.nn.functional import normalize
 
 from lmp.cli import main
 from lmp.data.index import FilmIndex
+from lmp.data.leave_out import LeaveOut
 from lmp.data.record import FilmRecord
 from lmp.data.shards import ShardWriter
+from lmp.downstream import real_data as real_data_module
 from lmp.downstream.tasks import TASKS, ave, boundaries, condensed_movies, lvu, muses, select, soundtrack
 from lmp.downstream.tasks.base import Videos
 from lmp.downstream.tasks.moviecuts import MovieCuts
@@ -152,6 +154,34 @@ def test_condensed_movies_as_published(real_data: Path) -> None:
 def test_movieclip_as_published(real_data: Path) -> None:
     found = select("movieclip/hidden")[0].ids(real_data)
     assert {split: len(clips) for split, clips in found.items()} == {"train": 4939, "val": 659, "test": 1313}
+
+
+def test_shards_of_the_study(real_data: Path, tmp_path: Path) -> None:
+    manifest = real_data_module.write_open_films(real_data, tmp_path / "s", overwrite=False)
+    assert (manifest["films"], manifest["shots"]) == (15, 3092)
+    items, coverage = select("boundaries")[0].items(real_data / "ovsd", videos_of(tmp_path / "s"))  # type: ignore[union-attr]
+    assert str(coverage).startswith("found test 15 of 21")
+    assert (len(items), int(items.target_I.sum())) == (3077, 274)
+
+
+def test_a_films_clips_keep_their_order_and_listed_ones_are_refused(tmp_path: Path) -> None:
+    shots = {"a": [(2, (3, 5)), (4, (0,))], "b": [(1, (7,))], "c": [(1, (1,))]}
+    text = {"a": np.ones(real_data_module.TEXT_WIDTH, np.float32)}
+    movies = real_data_module.Movies(shots, {"tt1": ["b", "a", "c"]}, {"tt1": "T"}, {"tt1": "train"}, text)
+    leave_out = LeaveOut(frozenset({"c"}), ("l",))
+    _, refused = real_data_module.write_movies(
+        movies, tmp_path / "s", splits=["train"], leave_out=leave_out, overwrite=False
+    )
+    index = FilmIndex.load(tmp_path / "s")
+    film = index.read(0, 0, 3)
+    assert refused == 1
+    assert film.shots_N2.tolist() == [[0, 4000], [8000, 12000], [16000, 20000]]
+    assert [row.nonzero().flatten().tolist() for row in film.features["video"][:, 0]] == [[7], [3, 5], [0]]
+    assert film.valid["text"].tolist() == [False, True, True]
+    assert index.info(0)["clips"] == [
+        {"videoid": "b", "start": 0, "stop": 1},
+        {"videoid": "a", "start": 1, "stop": 3},
+    ]
 
 
 def test_moviecuts_as_published(real_data: Path) -> None:

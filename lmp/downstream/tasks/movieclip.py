@@ -6,6 +6,7 @@ taken together and split by Condensed Movies' split of films. Clips have at leas
 
 Each labelled shot is hidden in turn, and the model sees the others of its clip. One label is predicted, and right if
 it is in the hidden shot's set. `alone` shows the hidden shot with no other: what then is left is the prior.
+`description` finds a clip by its description, ties by the mean.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmp.downstream.tasks.base import SPLITS, Coverage, ItemRows, Items, Loss, Task, Videos
-from lmp.downstream.tasks.condensed_movies import read_csv, read_split
+from lmp.downstream.tasks.base import SPLITS, Coverage, ItemRows, Items, Loss, RetrievalTask, Task, Videos
+from lmp.downstream.tasks.condensed_movies import CondensedMovies, read_csv, read_split
 from lmp.downstream.trunk import Window
 from lmp.errors import UserError
 
@@ -72,7 +73,6 @@ class HiddenShot(Task):
     )
     metric: ClassVar[str] = "top1"
     loss: ClassVar[Loss] = "multilabel_one"
-    one_window: ClassVar[bool] = False
 
     def __init__(self, *, alone: bool) -> None:
         self.alone = alone
@@ -118,4 +118,23 @@ class HiddenShot(Task):
         return {"top1": float(right_I.mean())}
 
 
-TASKS: tuple[Task, ...] = (HiddenShot(alone=False), HiddenShot(alone=True))
+class Description(CondensedMovies):
+    """Description to clip among the clips of `HiddenShot` that have a description which occurs once."""
+
+    def __init__(self) -> None:
+        super().__init__("2020")
+        self.name = "movieclip/description"
+        self._clips: set[str] = set()
+
+    def ids(self, labels: Path) -> dict[str, list[str]]:
+        return HiddenShot(alone=False).ids(labels)
+
+    def pairs(self, labels: Path, videos: Videos) -> tuple[list[Window], np.ndarray, Coverage]:
+        self._clips = {clip for clips in self.ids(labels).values() for clip in clips}
+        return super().pairs(sub_folder(Path(labels), "condensed_movies"), videos)
+
+    def takes(self, video: str) -> bool:
+        return video in self._clips
+
+
+TASKS: tuple[Task | RetrievalTask, ...] = (HiddenShot(alone=False), HiddenShot(alone=True), Description())
