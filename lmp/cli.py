@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=SPEC",
-        help="modality and its encoder: video=signal, text=/folder/of/a/model",
+        help="modality and its encoders: video=signal, text=/folder/of/a/model, audio=vggish:FILE+wav2vec2:FOLDER",
     )
     ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
     ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--leave-out", action="append", default=[], type=Path, metavar="FILE", help="ids of films to refuse, one a line"
     )
     ingest.add_argument("--workers", type=int, default=1)
+    ingest.add_argument("--device", default="cpu", help="where the networks run, such as cuda")
     ingest.add_argument("--overwrite", action="store_true")
     ingest.set_defaults(run=_ingest)
 
@@ -143,10 +144,13 @@ def _ingest(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
         leave_out=LeaveOut.read(arguments.leave_out),
+        device=arguments.device,
     )
     for film in report.refused:
         print(f"refused {film}: it is on the list of films to leave out")
     print(f"{report.films} films, {report.shots} shots" + (f" -> {arguments.out}" if report.films else ""))
+    for name, counts in sorted(report.quality.items()):
+        print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
     for film, problem, remedy in report.failures:
         print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
     return EXIT_USER if report.failures else EXIT_DONE

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from rich.progress import Progress
 from lmp.data.leave_out import LeaveOut
 from lmp.data.shards import FilmRecord, ShardWriter
 from lmp.errors import UserError
+from lmp.films import kept
 from lmp.films.encoders import Encoder, build_encoders, describe
 from lmp.films.media import Sampling, ShotPictures, probe, read_pictures, read_sound
 from lmp.films.shots import find_shot_list, read_shot_list
-from lmp.films.subtitles import Subtitles, find_subtitles, read_subtitles, words_of_shots
+from lmp.films.subtitles import find_subtitles, read_subtitles, words_of_shots
 
 FILM_SUFFIXES = frozenset(
     {
@@ -45,7 +47,9 @@ FILM_SUFFIXES = frozenset(
         ".wmv",
     }
 )
-_BATCH = 32  # shots whose pictures or sound are held at once
+_BATCH, _BATCH_BYTES = 32, 64 << 20  # shots whose pictures or sound are held at once, and their size
+_SILENT = 1e-4  # loudest sample: -80 dB
+_BLACK = 16  # brightest sample of a frame's colours; video's own black is 16
 _AHEAD = 2  # films under way or waiting to be written, per worker
 
 
@@ -55,6 +59,7 @@ class IngestReport:
 
     Attributes:
         films, shots: written.
+        quality: modality (MODALITY/ENCODER where several are joined) -> what is odd -> in how many shots.
         failures: film, what is wrong with it, what to do; in order of the input.
         refused: films on the list of those to leave out.
     """
@@ -62,6 +67,7 @@ class IngestReport:
     films: int = 0
     shots: int = 0
     refused: list[Path] = field(default_factory=list)
+    quality: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[tuple[Path, str, str]] = field(default_factory=list)
 
 
@@ -74,6 +80,8 @@ class _Job:
     shot_lists: Path | None
     subtitles: Path | None
     threads: int
+    kept: Path
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,14 @@ def ingest(
     films_per_shard: int = 64,
     overwrite: bool = False,
     leave_out: LeaveOut | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> IngestReport:
     """Turn films into shards of shot features.
 
-    The output depends on the films, their order and the settings, not on `workers`. A film that cannot be
+    The output depends on the films, their order and the settings, not on `workers`. Films that were read are
+    kept beside the shards until these are whole: the same call after an interruption does not read them
+    again. A film that cannot be
     used, or whose subtitles or shot list cannot, is skipped and reported; when none can, nothing is written.
 
     Args:
@@ -146,10 +157,12 @@ def ingest(
         shot_lists: folder with one list per film (see `find_shot_list`), or the list of the only film;
             None finds the shots.
         subtitles: folder with STEM.srt, .vtt or .ass; None looks beside each film. A film may have none.
-        workers: processes; with 1 the work is done in this one.
+        workers: processes, each with one thread of computation and its own networks; with 1 the work is
+            done in this one.
         films_per_shard: films in a tar file.
         overwrite: replace shards that `out` holds.
         leave_out: films that are refused, by their file's name (without suffix) or key.
+        device: where the networks run, such as "cuda".
         progress: show a progress bar.
 
     Raises:
@@ -160,15 +173,18 @@ def ingest(
     for film in expand(films):
         refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
         (report.refused if refused else wanted).append(film)
-    jobs = _jobs(wanted, shot_lists, subtitles, workers)
-    described = {name: describe(parts) for name, parts in build_encoders(encoders).items()}
+    built = build_encoders(encoders, device=device)
+    described = {name: describe(parts) for name, parts in built.items()}
+    kept_films = out / kept.FOLDER
+    jobs = _jobs(wanted, shot_lists, subtitles, workers, kept_films, {**described, "device": device})
     writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
     try:
         with Progress(disable=not progress) as bar:
             task = bar.add_task("reading films", total=len(jobs))
-            for job, done in _results(jobs, dict(encoders), workers):
+            for job, done in _results(jobs, built, _Specs(dict(encoders), device), workers):
                 _write(writer, job, done, report)
                 bar.advance(task)
+        shutil.rmtree(kept_films, ignore_errors=not report.films)
         if report.films:
             writer.close()
     finally:
@@ -176,7 +192,14 @@ def ingest(
     return report
 
 
-def _jobs(films: list[Path], shot_lists: Path | None, subtitles: Path | None, workers: int) -> list[_Job]:
+def _jobs(
+    films: list[Path],
+    shot_lists: Path | None,
+    subtitles: Path | None,
+    workers: int,
+    folder: Path,
+    settings: Mapping[str, Any],
+) -> list[_Job]:
     if workers < 1:
         raise UserError(f"{workers} workers cannot do anything", remedy="give at least 1")
     if subtitles is not None and not subtitles.is_dir():
@@ -188,7 +211,10 @@ def _jobs(films: list[Path], shot_lists: Path | None, subtitles: Path | None, wo
         if (other := seen.setdefault(key_of(film), film)) is not film:
             raise UserError(f"{other} and {film} would share the key {key_of(film)}", remedy="rename one")
     threads = 0 if workers == 1 else 1
-    return [_Job(film, key, shot_lists, subtitles, threads) for key, film in seen.items()]
+    return [
+        _Job(film, key, shot_lists, subtitles, threads, folder / f"{key}.safetensors", settings)
+        for key, film in seen.items()
+    ]
 
 
 def _write(writer: ShardWriter, job: _Job, done: _Done, report: IngestReport) -> None:
@@ -205,6 +231,15 @@ def _write(writer: ShardWriter, job: _Job, done: _Done, report: IngestReport) ->
         return
     report.films += 1
     report.shots += len(done.shots_S2)
+    for name, counts in done.info["quality"].items():
+        report.quality.setdefault(name, Counter()).update(counts)
+
+
+class _Specs(NamedTuple):
+    """What a worker builds its encoders from."""
+
+    encoders: dict[str, str]
+    device: str
 
 
 Encoders = Mapping[str, Sequence[Encoder]]  # by modality; the features of several are joined
@@ -212,19 +247,17 @@ Encoders = Mapping[str, Sequence[Encoder]]  # by modality; the features of sever
 _encoders: dict[str, Sequence[Encoder]] = {}  # of a worker process, built once
 
 
-def _start_worker(specs: dict[str, str]) -> None:
-    torch.set_num_threads(1)
-    _encoders.update(build_encoders(specs))
+def _start_worker(specs: _Specs) -> None:
+    _encoders.update(build_encoders(specs.encoders, device=specs.device))
 
 
 def _work(job: _Job) -> _Done:
     return _read_film(job, _encoders)
 
 
-def _results(jobs: list[_Job], specs: dict[str, str], workers: int) -> Iterator[tuple[_Job, _Done]]:
+def _results(jobs: list[_Job], built: Encoders, specs: _Specs, workers: int) -> Iterator[tuple[_Job, _Done]]:
     """Jobs and results in order of the jobs. A film that ends its process is found by reading it alone."""
     if workers == 1:
-        built = build_encoders(specs)
         for job in jobs:
             yield job, _read_film(job, built)
         return
@@ -235,9 +268,7 @@ def _results(jobs: list[_Job], specs: dict[str, str], workers: int) -> Iterator[
             yield job, _alone(job, specs)
 
 
-def _pooled(
-    waiting: deque[_Job], specs: dict[str, str], workers: int
-) -> Generator[tuple[_Job, _Done], None, list[_Job]]:
+def _pooled(waiting: deque[_Job], specs: _Specs, workers: int) -> Generator[tuple[_Job, _Done], None, list[_Job]]:
     """Works through `waiting`, a bounded number at once; returns those under way when a process died."""
     pool = _pool(specs, min(workers, len(waiting)))
     under_way: deque[tuple[_Job, Future[_Done]]] = deque()
@@ -255,7 +286,7 @@ def _pooled(
     return []
 
 
-def _alone(job: _Job, specs: dict[str, str]) -> _Done:
+def _alone(job: _Job, specs: _Specs) -> _Done:
     pool = _pool(specs, 1)
     try:
         return pool.submit(_work, job).result()
@@ -266,26 +297,51 @@ def _alone(job: _Job, specs: dict[str, str]) -> _Done:
         pool.shutdown()
 
 
-def _pool(specs: dict[str, str], workers: int) -> ProcessPoolExecutor:
+def _pool(specs: _Specs, workers: int) -> ProcessPoolExecutor:
     # Spawned, for the caller may have threads and a forked child would inherit their locks.
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(specs,))
 
 
 def _read_film(job: _Job, encoders: Encoders) -> _Done:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums of several threads have other last bits
     try:
-        return _encoded_film(job, encoders)
+        return _kept_film(job, encoders)
     except UserError as error:
         return _Done(fault=(error.problem, error.remedy))
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _encoded_film(job: _Job, encoders: Encoders) -> _Done:
+def _kept_film(job: _Job, encoders: Encoders) -> _Done:
+    if not job.film.is_file():
+        raise UserError(f"there is no film {job.film}", remedy="check the path")
+    shot_list = None
+    if job.shot_lists is not None:
+        shot_list = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
+    subtitles = None
+    if any(parts[0].kind == "words" for parts in encoders.values()):
+        subtitles = find_subtitles(job.film if job.subtitles is None else job.subtitles / job.film.name)
+    sign = kept.signature(job.settings, [job.film, shot_list, subtitles])
+    if (held := kept.load(job.kept, sign)) is not None:
+        info, arrays = held
+        features = {name: arrays[f"features.{name}"] for name in encoders}
+        return _Done(info, arrays["shots"], features, {name: arrays[f"valid.{name}"] for name in encoders})
+    done = _encoded_film(job, encoders, shot_list, subtitles)
+    if done.shots_S2 is not None:
+        arrays = {f"features.{name}": array for name, array in done.features.items()}
+        arrays |= {f"valid.{name}": array for name, array in done.valid.items()}
+        kept.save(job.kept, sign, done.info, {"shots": done.shots_S2, **arrays})
+    return done
+
+
+def _encoded_film(job: _Job, encoders: Encoders, path: Path | None, subtitles: Path | None) -> _Done:
     facts = probe(job.film)
     given_S2, source = None, "detected"
-    if job.shot_lists is not None:
-        path = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
+    if path is not None:
         given_S2, source = read_shot_list(path, facts.fps, first_s=facts.first_s), path.name
     # A broken subtitle file is found before the picture is decoded.
-    spoken = _subtitles(job) if any(e[0].kind == "words" for e in encoders.values()) else None
+    spoken = None if subtitles is None else read_subtitles(subtitles)
     outputs = {name: [_Output(encoder) for encoder in parts] for name, parts in encoders.items()}
     shots_S2 = _encode_pictures(job, given_S2, outputs)
     if given_S2 is None:
@@ -304,12 +360,17 @@ def _encoded_film(job: _Job, encoders: Encoders) -> _Done:
         "subtitles": None
         if spoken is None
         else {"lines": len(spoken.lines), "dropped": spoken.dropped, "encoding": spoken.encoding},
+        "quality": {},
     }
     features, valid = {}, {}
     for name, parts in outputs.items():
         made, told = zip(*(output.finish() for output in parts), strict=True)
         valid[name] = np.logical_and.reduce(told)
-        features[name] = np.concatenate(made, axis=2) * valid[name][:, None, None]
+        features[name] = np.where(valid[name][:, None, None], np.concatenate(made, axis=2), np.float32(0))
+        for output in parts:
+            if output.odd:
+                joined = name if len(parts) == 1 else f"{name}/{output.encoder.name}"
+                info["quality"][joined] = dict(sorted(output.odd.items()))
     return _Done(info, shots_S2, features, valid)
 
 
@@ -323,18 +384,31 @@ def _check_whole(film: Path, promised_s: float, found_s: float) -> None:
 
 
 class _Output:
-    """Collects the inputs of one encoder into batches, and its outputs."""
+    """Collects the inputs of one encoder into batches, and its outputs.
+
+    Attributes:
+        odd: shots that are `silent` or `black`, whose features are not finite (`nan`), or are the very same
+            numbers as those of the shot before (`repeated`): a stuck picture, or a broken encoder.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.sampling = Sampling(encoder.frames, encoder.height)
+        self.odd: Counter[str] = Counter()
         self._waiting: list[Any] = []
+        self._bytes = 0
         self._features: list[np.ndarray] = []
         self._valid: list[np.ndarray] = []
+        self._last: np.ndarray | None = None
 
     def add(self, shot: Any) -> None:
         self._waiting.append(shot)
-        if len(self._waiting) == _BATCH:
+        self._bytes += getattr(shot, "nbytes", 0)
+        if self.encoder.kind == "sound" and len(shot) and np.abs(shot).max() < _SILENT:
+            self.odd["silent"] += 1
+        if self.encoder.kind == "picture" and shot.max() <= _BLACK:
+            self.odd["black"] += 1
+        if len(self._waiting) == _BATCH or self._bytes >= _BATCH_BYTES:
             self._encode()
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
@@ -346,9 +420,16 @@ class _Output:
     def _encode(self) -> None:
         with torch.inference_mode():
             features_nKD, valid_n = self.encoder.encode(self._waiting)
-        self._features.append(features_nKD.float().cpu().numpy())
-        self._valid.append(valid_n.cpu().numpy())
-        self._waiting = []
+        made, valid = features_nKD.float().cpu().numpy(), valid_n.cpu().numpy()
+        for vectors in made[valid]:
+            if not np.isfinite(vectors).all():
+                self.odd["nan"] += 1
+            if self.encoder.kind != "words" and self._last is not None and np.array_equal(vectors, self._last):
+                self.odd["repeated"] += 1
+            self._last = vectors
+        self._features.append(made)
+        self._valid.append(valid)
+        self._waiting, self._bytes = [], 0
 
 
 _Outputs = Mapping[str, Sequence[_Output]]
@@ -380,9 +461,3 @@ def _encode_sound(job: _Job, shots_S2: np.ndarray, outputs: _Outputs) -> None:
     for sound in read_sound(job.film, shots_S2):
         for output in listening:
             output.add(sound)
-
-
-def _subtitles(job: _Job) -> Subtitles | None:
-    beside = job.film if job.subtitles is None else job.subtitles / job.film.name
-    path = find_subtitles(beside)
-    return None if path is None else read_subtitles(path)

@@ -140,12 +140,16 @@ class _Scaler:
         self._scalers: dict[tuple[int, str], Any] = {}
 
     def scale(self, frame: Any, height: int, pixels: str) -> np.ndarray:
-        """uint8 [height, width, 3]."""
+        """uint8 [height, width, 3], turned as the film is to be shown."""
         from av.video.reformatter import VideoReformatter
 
         scaler = self._scalers.setdefault((height, pixels), VideoReformatter())
-        width = max(2, round(self._width * height / self._height / 2) * 2)
-        return scaler.reformat(frame, width=width, height=height, format=pixels).to_ndarray()
+        turns = round(frame.rotation / 90) % 4  # quarters, against the clock
+        wide, high = (self._height, self._width) if turns % 2 else (self._width, self._height)
+        width = max(2, round(wide * height / high / 2) * 2)
+        stored = (height, width) if turns % 2 else (width, height)
+        scaled = scaler.reformat(frame, width=stored[0], height=stored[1], format=pixels).to_ndarray()
+        return np.ascontiguousarray(np.rot90(scaled, turns)) if turns else scaled
 
 
 class _Frame:
