@@ -54,13 +54,13 @@ class Slurm:
         """The nodes that a running job has, in the order of its ranks."""
         return _run("scontrol", "show", "hostnames", self.field(job, "NodeList")).split()
 
-    def wait(self, job: str, timeout: float = 200) -> str:
+    def wait(self, job: str, timeout: float = 600) -> str:
         """Until a job has ended and will not start again; its last state."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
         self.until(f"job {job} to end", lambda: self.field(job, "JobState") in final, timeout)
         return self.field(job, "JobState")
 
-    def until(self, what: str, test: Callable[[], bool], timeout: float = 120) -> None:
+    def until(self, what: str, test: Callable[[], bool], timeout: float = 300) -> None:
         """Wait for something, and say what when it does not come."""
         end = time.monotonic() + timeout
         while not test():

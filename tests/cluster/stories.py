@@ -88,11 +88,11 @@ class Runs:
             assert state not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), f"the job is {state}{self.tell(name)}"
             return len(self.events(name, "start")) >= start and self.steps(name) >= step
 
-        self.slurm.until(f"step {step} of {name} in start {start}", there, 240)
+        self.slurm.until(f"step {step} of {name} in start {start}", there, 600)
 
     def ends_as_undisturbed(self, name: str, job: str, *, starts: int | None, rel: float = 1e-6) -> None:
         """The job ends well, and the run has every step once, with the losses and the films of the undisturbed run."""
-        assert self.slurm.wait(job, 600) == "COMPLETED", self.tell(name)
+        assert self.slurm.wait(job, 1200) == "COMPLETED", self.tell(name)
         with self.lock:
             undisturbed = self.undisturbed
         lines = metrics(self.folder / name)
@@ -148,7 +148,7 @@ def three_preemptions(runs: Runs) -> None:
 def time_limit(runs: Runs) -> None:
     """SLURM warns 60 to 120 s before the limit; on a busy machine that may happen more than once."""
     name = "limited"
-    job = runs.submit(name, **TWO_BY_TWO, time=2, signal_seconds=30, nodelist="lmp-node[1-2]", seconds=2.2)
+    job = runs.submit(name, **TWO_BY_TWO, time=3, signal_seconds=60, nodelist="lmp-node[1-2]", seconds=2.8)
     runs.ends_as_undisturbed(name, job, starts=None)
     stops = [event["reason"] for event in runs.events(name, "stop")]
     assert set(stops[:-1]) == {"SIGUSR2"} and stops[-1] == "last step"
