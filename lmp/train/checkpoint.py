@@ -91,7 +91,8 @@ def step_of(path: Path) -> int:
 
 def found(folder: RunFolder) -> list[Path]:
     """The checkpoints of a run, newest first, valid or not."""
-    return sorted((p for p in folder.checkpoints.glob("step-*") if p.suffix != ".tmp" and p.is_dir()), reverse=True)
+    named = (p for p in folder.checkpoints.glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir())
+    return sorted(named, key=step_of, reverse=True)
 
 
 def newest_valid(

@@ -13,7 +13,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +69,7 @@ class Checkpointer:
         self.newest: Path | None = None
         self.failure: str | None = None
         self.damaged: set[str] = set()
+        self._sound: set[str] = set()
         self._snapshot = Snapshot(self.mesh.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: _InFlight | None = None
@@ -146,7 +149,7 @@ class Checkpointer:
     def settle(self) -> None:
         """Wait for the checkpoint in flight, if there is one, complete it, and see older ones removed."""
         self._settle()
-        self._cleaning.result()
+        futures.wait([self._cleaning])
 
     def _settle(self) -> None:
         if self._in_flight is None:
@@ -195,23 +198,32 @@ class Checkpointer:
             _appear(now.partial, folder_of(self.folder, step))
         except (OSError, RuntimeError) as error:
             shutil.rmtree(now.partial, ignore_errors=True)
-            self.folder.note("save failed", step=step, error=str(error)[:500])
+            self._note("save failed", step=step, error=str(error)[:500])
             print(f"the checkpoint of step {step} was not saved: {error}", flush=True)
             return str(error)
         self.damaged.discard(folder_of(self.folder, step).name)
         self._cleaning = self._thread.submit(self._clean)
         seconds = round(now.seconds_stalled + time.perf_counter() - began, 4)
-        self.folder.note("saved", step=step, seconds_saving=seconds, bytes=sum(share.bytes for share in written))
+        self._note("saved", step=step, seconds_saving=seconds, bytes=sum(share.bytes for share in written))
         return None
 
     def _clean(self) -> None:
         """On rank 0's thread, after a checkpoint is complete: remove those that are not kept any more."""
 
         def sound(path: Path) -> bool:
-            return path.name not in self.damaged and not verify(path, content=False)
+            if path.name in self.damaged:
+                return False
+            if path.name not in self._sound and not verify(path, content=False):
+                self._sound.add(path.name)
+            return path.name in self._sound
 
         for path in outdated(found(self.folder), self.settings, sound):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _note(self, event: str, **facts: Any) -> None:
+        # A full disk must not end rank 0 while the others wait for it.
+        with suppress(OSError):
+            self.folder.note(event, **facts)
 
     def _count_stall(self, began: float) -> None:
         assert self._in_flight is not None

@@ -151,7 +151,7 @@ def wrong_restores(engine: Engine, folder: RunFolder, here: Mesh) -> dict[str, A
 
 
 def main(folder: Path) -> None:
-    with mesh(1, timeout_minutes=2) as here:
+    with mesh(1, timeout_minutes=5) as here:
         bench = Bench(folder / "shards", here)
         engine = bench.engine(KIND, seed=0)
         bench.step(engine, KIND, 0)

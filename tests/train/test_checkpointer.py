@@ -105,7 +105,7 @@ def test_fragments_that_are_not_the_whole_are_refused(tmp_path: Path, ranges: li
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("checkpointer")
     make_shards(folder / "shards")
-    return run_ranks("tests.train.checkpointer_worker", folder, timeout=240)
+    return run_ranks("tests.train.checkpointer_worker", folder, timeout=400)
 
 
 @pytest.mark.multiprocess
