@@ -24,11 +24,12 @@ class Action(NamedTuple):
 
     kind: Kind
     start: str | None = None
+    ranks: int = 2
 
     @property
     def name(self) -> str:
         """Also of the checkpoint that is saved before the last step."""
-        return f"{self.start}-to-{self.kind.name}" if self.start else self.kind.name
+        return (f"{self.start}-to-" if self.start else "") + f"{self.kind.name}-on-{self.ranks}"
 
 
 PLAIN = [Kind(stage) for stage in range(4)]
@@ -49,22 +50,22 @@ PAIRS = [
     (FROZEN[2], FROZEN[0]),
 ]
 SOURCES = list(dict.fromkeys(source for source, _ in PAIRS))
-ON_TWO = [*map(Action, SOURCES), *(Action(target, source.name) for source, target in PAIRS)]
+ON_TWO = [*map(Action, SOURCES), *(Action(target, Action(source).name) for source, target in PAIRS)]
 """All pairs of stages on two ranks."""
 
 
 def goes_on(action: Action) -> bool:
     """Whether a step is made after the move: of the plain pairs, each stage's to the next one."""
-    plain = {kind.name: kind.stage for kind in PLAIN}
+    plain = {Action(kind).name: kind.stage for kind in PLAIN}
     if action.start in plain and action.kind in PLAIN:
         return action.kind.stage == (plain[action.start] + 1) % 4
     return True
 
 
-FOUR = [Action(PLAIN[2]), Action(PLAIN[3]), Action(HALF[0])]
-ONE = [Action(PLAIN[3], FOUR[0].name), Action(PLAIN[0], FOUR[1].name), Action(PLAIN[1], FOUR[2].name)]
+FOUR = [Action(kind, ranks=4) for kind in (PLAIN[2], PLAIN[3], HALF[0])]
+ONE = [Action(kind, four.name, 1) for kind, four in zip((PLAIN[3], PLAIN[0], PLAIN[1]), FOUR, strict=True)]
 TWO = [Action(PLAIN[1], ONE[0].name), Action(PLAIN[2], ONE[1].name), Action(HALF[1], ONE[2].name)]
-"""Four ranks (dp 2 x sp 2), then one, then two (sp 2)."""
+"""Four ranks (dp 2 x sp 2), then one, then two."""
 
 _LINKED = [
     ("optimizer", "_hp_optimizer_states_linked"),

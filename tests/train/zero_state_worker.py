@@ -110,9 +110,10 @@ def _has(owner: Any, name: str) -> bool:
 
 
 def main(folder: Path) -> None:
-    actions = [Action(Kind(*kind), start) for kind, start in json.loads((folder / "actions.json").read_text())]
+    told = json.loads((folder / "actions.json").read_text())
+    actions = [Action(Kind(*kind), start, ranks) for kind, start, ranks in told]
     sequence = 2 if "sp2" in folder.name else 1
-    with mesh(sequence, timeout_minutes=2) as here:
+    with mesh(sequence, timeout_minutes=5) as here:
         bench = Bench(folder.parent / "shards", here)
         checkpoints = folder.parent / "checkpoints"
         starts = {action.start for action in (*ON_TWO, *ONE, *TWO)}
