@@ -99,10 +99,12 @@ class TrainJob:
             check_free(folder.path, job=place.job)
         self._keep_record(folder, place)
         reason = refused(ledger(folder), **facts, checkpoint=checkpoint, cluster=config.cluster)
-        if place.restart and folder.stop.exists():
-            # Asked to stop, but it ended otherwise before it could. The exit code makes srun end the other processes.
+        if folder.stop.exists():
             folder.stop.unlink()
-            _leave(EXIT_AGAIN, f"stopped by the file {folder.stop.name}", told=EXIT_DONE)
+            if place.restart:
+                # Asked to stop, but it ended otherwise before it could. The exit code makes srun end the other
+                # processes. In a first start the file was meant for an earlier job.
+                _leave(EXIT_AGAIN, f"stopped by the file {folder.stop.name}", told=EXIT_DONE)
         if reason is not None:
             folder.note("refused", **facts, reason=reason)
             remedy = f"read {folder.logs / 'rank-0000.log'}, mend it, and submit again"

@@ -165,6 +165,13 @@ def test_a_job_that_was_asked_to_stop_does_not_begin_anew(tmp_path: Path, slurm:
     assert not (tmp_path / "run/STOP").exists()
 
 
+def test_the_stop_file_of_an_earlier_job_is_not_for_this_one(tmp_path: Path, slurm: FakeSlurm) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").touch()
+    assert task(tmp_path, slurm, overrides=["data.train=[/nowhere]"]).returncode == 2
+    assert not (tmp_path / "run/STOP").exists(), "a restart would take it for a wish of its own"
+
+
 def test_a_users_mistake_is_one_line_and_no_requeue(tmp_path: Path, slurm: FakeSlurm) -> None:
     done = task(tmp_path, slurm, overrides=["train.stesp=5"])
     assert done.returncode == 2, done.stderr
