@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.study_config import load_study
+from launch.study.config import load_study
 from lmp.cli import main
 from lmp.config import Config, check_run, config_help, load_config, validate
 from lmp.errors import UserError

@@ -14,14 +14,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.study import main
-from launch.study_cells import Cell, make_cells
-from launch.study_collect import collect, groups
-from launch.study_config import Study, load_study, nested, points, validate_study
-from launch.study_figures import slope, speed_ups
-from launch.study_folder import StudyFolder
-from launch.study_report import write_report
-from launch.study_slurm import cluster_of
+from launch.study.__main__ import main
+from launch.study.cells import Cell, make_cells
+from launch.study.collect import collect, groups
+from launch.study.config import Study, load_study, nested, points, validate_study
+from launch.study.figures import slope, speed_ups
+from launch.study.folder import StudyFolder
+from launch.study.report import write_report
+from launch.study.slurm import cluster_of
 from lmp.config import validate
 from lmp.data.index import FilmIndex
 from lmp.data.stream import Stream

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from launch import study_slurm
-from launch.study_config import load_study
-from launch.study_folder import CellState, StudyFolder
-from launch.study_job import run_cell
-from launch.study_slurm import SlurmRunner
+from launch.study import slurm as study_slurm
+from launch.study.config import load_study
+from launch.study.folder import CellState, StudyFolder
+from launch.study.job import run_cell
+from launch.study.slurm import SlurmRunner
 from lmp.errors import UserError
 from tests.launch.studies import write_study
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from launch.study_cells import Cell, as_json, load_cells, make_cells
-from launch.study_config import Study, check_same_study
+from launch.study.cells import Cell, as_json, load_cells, make_cells
+from launch.study.config import Study, check_same_study
 from lmp.config import validate
 from lmp.errors import UserError
 from lmp.parallel.deepspeed_config import merge

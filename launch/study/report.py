@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from launch.study_collect import Group, Row, collect, groups, score_names
-from launch.study_figures import Figure, draw_figures
+from launch.study.collect import Group, Row, collect, groups, score_names
+from launch.study.figures import Figure, draw_figures
 from lmp.train.run_folder import write_atomic
 
 NUMBERS = (
@@ -130,7 +130,7 @@ def render_html(study: dict[str, Any], rows: Sequence[Row], figures: Sequence[Fi
     group_head, group_lines = _group_table(rows)
     cell_head, cell_lines = _cell_table(rows)
     without = "".join(f"<li><code>{html.escape(n)}</code>: {html.escape(why)}</li>" for n, why in _without_result(rows))
-    page = Template((Path(__file__).parent / "study_page.html").read_text(encoding="utf-8"))
+    page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return page.substitute(
         title=html.escape(study["name"]),
         summary=html.escape(summary(rows)),

@@ -18,11 +18,11 @@ from launch.follow import Request, measure_finished, one_process, unmeasured
 from launch.slurm import executor, job_state, submit_array
 from launch.slurm_state import RESTART_SECONDS, is_over, slurm
 from launch.snapshot import Snapshot
-from launch.study_cells import Cell
-from launch.study_collect import last_step
-from launch.study_config import Study
-from launch.study_folder import CellState, StudyFolder, last_words, runnable
-from launch.study_job import run_cell
+from launch.study.cells import Cell
+from launch.study.collect import last_step
+from launch.study.config import Study
+from launch.study.folder import CellState, StudyFolder, last_words, runnable
+from launch.study.job import run_cell
 from lmp.cluster import ClusterConfig
 from lmp.errors import EXIT_RESTARTS, EXIT_USER, UserError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.study_collect import Group, Row, groups, score_names
-from launch.study_config import PLACES
+from launch.study.collect import Group, Row, groups, score_names
+from launch.study.config import PLACES
 from lmp.errors import UserError
 
 COLOURS = ("#2a78b5", "#d1742a", "#3a9a5c", "#b0477a", "#7a64b8", "#8a8a2a", "#2a9d9d", "#c04848")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.study_cells import Cell
-from launch.study_folder import CellState, StudyFolder
+from launch.study.cells import Cell
+from launch.study.folder import CellState, StudyFolder
 
 WARMUP = 3
 """First steps of each start, which pay for compilers, caches and connections."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from launch.follow import results_of
 from launch.local import launch
 from launch.slurm_state import is_over
-from launch.study_cells import Cell
-from launch.study_config import Evaluation, Study
-from launch.study_folder import CellState, States, StudyFolder, last_words, runnable
+from launch.study.cells import Cell
+from launch.study.config import Evaluation, Study
+from launch.study.folder import CellState, States, StudyFolder, last_words, runnable
 from lmp.errors import EXIT_DONE, EXIT_USER, UserError
 from lmp.train.run_folder import RunFolder
 
@@ -44,7 +44,7 @@ def _leave_to_slurm(states: States) -> None:
     Raises:
         UserError: some cells have a SLURM job that is not over.
     """
-    from launch.study_slurm import state_of
+    from launch.study.slurm import state_of
 
     jobs = [state.job for state in states.cells.values() if state.job is not None]
     if jobs and (active := [job for job in jobs if (now := state_of(job)) is None or not is_over(now)]):

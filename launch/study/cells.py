@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.study_config import PLACES, Point, Study, at, nested, points
+from launch.study.config import PLACES, Point, Study, at, nested, points
 from lmp.config import Config, build, check_run, contradictions
 from lmp.data.stream import Stream
 from lmp.errors import UserError

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.study_cells import Cell, make_cells
-from launch.study_config import Study, load_study
+from launch.study.cells import Cell, make_cells
+from launch.study.config import Study, load_study
 from lmp.errors import EXIT_DONE, EXIT_USER, UserError
 
 
@@ -61,7 +61,7 @@ def run_study(study: Study, out: Path, *, local: bool, wait: bool = True, poll: 
     Raises:
         UserError: the folder holds another study or is being run, no cell can run, or there is no SLURM.
     """
-    from launch.study_folder import StudyFolder
+    from launch.study.folder import StudyFolder
 
     folder = StudyFolder(out)
     with folder.locked():
@@ -71,12 +71,12 @@ def run_study(study: Study, out: Path, *, local: bool, wait: bool = True, poll: 
                 print(f"left out: {cell.name}: {cell.left_out}", flush=True)
         try:
             if local:
-                from launch.study_local import run_local
+                from launch.study.local import run_local
 
                 if not run_local(folder, study, cells):
                     print("stopped; start again to go on", file=sys.stderr)
             else:
-                from launch.study_slurm import SlurmRunner
+                from launch.study.slurm import SlurmRunner
 
                 runner = SlurmRunner(folder, study, cells, poll=poll)
                 runner.start()
@@ -133,8 +133,8 @@ def _of_folder(command: str, words: Sequence[str]) -> int:
         return EXIT_DONE
     if command == "status":
         return _status(folder)
-    from launch.study_folder import StudyFolder
-    from launch.study_slurm import SlurmRunner
+    from launch.study.folder import StudyFolder
+    from launch.study.slurm import SlurmRunner
 
     of = StudyFolder(folder)
     runner = SlurmRunner(of, load_study(of.study_file), of.cells())
@@ -146,8 +146,8 @@ def _of_folder(command: str, words: Sequence[str]) -> int:
 
 
 def _status(folder: Path) -> int:
-    from launch.study_collect import collect
-    from launch.study_report import summary
+    from launch.study.collect import collect
+    from launch.study.report import summary
 
     rows = collect(folder)
     for row in rows:
@@ -159,8 +159,8 @@ def _status(folder: Path) -> int:
 
 def _report(folder: Path) -> int:
     """Write the report, as far as the study is; 0 when nothing is missing in it."""
-    from launch.study_collect import collect
-    from launch.study_report import summary, write_report
+    from launch.study.collect import collect
+    from launch.study.report import summary, write_report
 
     try:
         page = write_report(folder)

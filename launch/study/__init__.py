@@ -1,0 +1,1 @@
+"""Studies: grids of runs, their launching and their report."""
