@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lmp.errors import UserError
-from lmp.train.run_folder import SNAPSHOT, code_state
+from lmp.train.run_folder import SNAPSHOT, commit_of
 
 FOLDERS = ("lmp", "launch", "tools", "configs", "slurm")
 UNTRACKED = {".py", ".yaml", ".sh", ".sbatch"}
@@ -65,10 +65,10 @@ class Snapshot:
             target = temporary / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self.checkout / file, target)
-        state = code_state()
+        commit, changed = commit_of(self.checkout)
         facts = {
-            "commit": state["commit"],
-            "changed": state["changed"],
+            "commit": commit,
+            "changed": changed,
             "digest": self.digest,
             "checkout": str(self.checkout),
             "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -137,16 +137,19 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def code_state() -> dict[str, Any]:
-    """Version and commit of lmp and versions of what it stands on."""
-    checkout = Path(lmp.__file__).parents[1]
+def commit_of(checkout: Path) -> tuple[str | None, bool]:
+    """The commit of a checkout, or of one that a snapshot was taken of, and whether its files differ from it."""
     snapshot = checkout / SNAPSHOT
     if snapshot.is_file():
         taken = json.loads(snapshot.read_text(encoding="utf-8"))
-        commit, changed = taken["commit"], taken["changed"]
-    else:
-        commit = _git(checkout, "rev-parse", "HEAD")
-        changed = bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))
+        return taken["commit"], taken["changed"]
+    commit = _git(checkout, "rev-parse", "HEAD")
+    return commit, bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))
+
+
+def code_state() -> dict[str, Any]:
+    """Version and commit of lmp and versions of what it stands on."""
+    commit, changed = commit_of(Path(lmp.__file__).parents[1])
     return {
         "lmp": lmp.__version__,
         "commit": commit,

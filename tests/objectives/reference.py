@@ -18,6 +18,7 @@ from lmp.model import LmpConfig, LmpForPretraining
 from lmp.objectives import build_objectives
 from lmp.objectives.base import Objective, ObjectiveBatch
 from lmp.parallel.mesh import Mesh
+from lmp.train.watchdog import Watch
 
 SHAPES = {
     "video": {"tokens": 2, "width": 12},
@@ -102,6 +103,7 @@ class PlainEngine:
     def __init__(self, model: LmpForPretraining, mesh: Mesh | None = None) -> None:
         self.model = model
         self.mesh = mesh or Mesh(rank=0, world_size=1, sequence=1, device=torch.device("cpu"), sequence_group=None)
+        self.watch = Watch()
         self.with_graph: list[bool] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
