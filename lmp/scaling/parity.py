@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from lmp.train.run_folder import write_atomic
 
     config = load_config(arguments.config, arguments.overrides)
-    tolerance = arguments.tolerance or TOLERANCE[config.train.precision]
+    tolerance = TOLERANCE[config.train.precision] if arguments.tolerance is None else arguments.tolerance
     overrides, told = shrink(config)
     for line in told:
         print(f"shrunk: {line}")

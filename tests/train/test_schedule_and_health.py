@@ -1,4 +1,4 @@
-"""The learning rate over a run, and the ways to ask a run to stop."""
+"""The learning rate over a run, the ways to ask a run to stop, and slow ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from lmp.config import OptimizerConfig
+from lmp.parallel.mesh import Mesh
 from lmp.train.engine import learning_rate
-from lmp.train.health import REQUEUE_FILE, SIGNALS, Stop, stop_requests
+from lmp.train.health import REQUEUE_FILE, SIGNALS, Pace, Stop, stop_requests
 
 
 def rates(steps: int, **settings: float) -> list[float]:
@@ -91,3 +94,19 @@ def test_a_forked_child_does_not_take_part(tmp_path: Path, number: signal.Signal
         else:
             assert os.waitstatus_to_exitcode(status) == -number
         assert stop() is Stop.NO
+
+
+def test_a_rank_that_is_slow_for_long_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [1.0, 1.0, 1.0, 1.0]
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), list("abcd")))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.copy_(torch.tensor(times, dtype=tensor.dtype)))
+    said: list[str] = []
+    mesh = Mesh(rank=0, world_size=4, sequence=1, device=torch.device("cpu"), sequence_group=None)
+    pace = Pace(mesh, percent=20, say=lambda text, event, **facts: said.append(f"{event}: {text}"))
+    assert pace.compare(1, 1.0) == []
+    times[2] = 1.5
+    assert [pace.compare(step, 1.0) for step in (2, 3, 4, 5)] == [[], [], [2], [2]]
+    assert said == ["stragglers: step 4: slower than the median for long: rank 2 on c 50 %"]
+    assert pace.facts == {"slowest_percent": pytest.approx(50), "stragglers": 1}
+    times[2] = 1.1
+    assert pace.compare(6, 1.0) == [] and pace.facts["stragglers"] == 0
