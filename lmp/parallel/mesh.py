@@ -96,7 +96,10 @@ def lost_peer(error: BaseException) -> bool:
 
 def _end() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        # torch's own would leave DeepSpeed with groups that are gone, for the next run of this process to stumble over.
+        deepspeed.comm.destroy_process_group()
 
 
 def _check_environment() -> None:
