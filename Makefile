@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test cluster-test lint types format clean
@@ -19,8 +20,9 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/lmp demo --out demo-out
 
+# Two files at a time: most tests use one core, those of several processes more, those on SLURM mostly wait.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 	@echo "all tests passed; 'make demo' shows the whole path, docs/ has a guide for each journey"
 
 # On a real SLURM of virtual nodes; `make test` has these too where its packages are installed.

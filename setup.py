@@ -31,6 +31,7 @@ EXTRAS["dev"] = [
     "flask>=3",
     "flask-cors>=5",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
     "mypy>=1.16",

@@ -119,7 +119,10 @@ def _run(*command: str) -> str:
 
 def _free_ports(count: int) -> int:
     """The first of so many free ports in a row, below those that the kernel hands out."""
-    for first in range(26900, 32000 - count, count):
+    # Workers of pytest-xdist look in ranges of their own, so that none takes what another is about to use.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    begin = 26900 + 1200 * worker
+    for first in range(begin, begin + 1200 - count, count):
         probes = [socket.socket() for _ in range(count)]
         try:
             for number, probe in enumerate(probes):
