@@ -20,9 +20,9 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/lmp demo --out demo-out
 
-# Two files at a time: most tests use one core, those of several processes more, those on SLURM mostly wait.
+# Two files at a time, in order: those on SLURM come first, for they mostly wait.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 	@echo "all tests passed; 'make demo' shows the whole path, docs/ has a guide for each journey"
 
 # On a real SLURM of virtual nodes; `make test` has these too where its packages are installed.
