@@ -46,7 +46,7 @@ def test_a_study_killed_half_way_ends_with_the_complete_report(slurm: Slurm, tmp
     assert len(first) == 12 and len({job.partition("_")[0] for job in first.values()}) == 1, "one array of 12"
 
     launcher = launch()
-    _until("the launcher to watch again", lambda: _state_file_is_newer(out, first), launcher)
+    _until("the launcher to watch again", lambda: _watches(launcher, out), launcher)
     assert _jobs(out) == first, "jobs that go on are not submitted again"
     _until("four cells to be done", lambda: len(done()) >= 4, launcher)
     array = next(iter(first.values())).partition("_")[0]
@@ -82,9 +82,11 @@ def _jobs(out: Path) -> dict[str, str]:
     return {name: state["job"] for name, state in states["cells"].items()}
 
 
-def _state_file_is_newer(out: Path, _: object) -> bool:
-    holder = (out / "lock").read_text(encoding="utf-8")
-    return holder != "" and time.time() - (out / "states.json").stat().st_mtime < 1.0
+def _watches(launcher: subprocess.Popen[str], out: Path) -> bool:
+    """Whether it has the study's lock, and has written states since: it took up what it found."""
+    lock, states = out / "lock", out / "states.json"
+    mine = lock.read_text(encoding="utf-8").startswith(f"process {launcher.pid} ")
+    return mine and states.stat().st_mtime_ns > lock.stat().st_mtime_ns
 
 
 def _until(what: str, test: Callable[[], bool], launcher: subprocess.Popen[str], timeout: float = 400) -> None:
