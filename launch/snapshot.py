@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmp.errors import UserError
-from lmp.train.run_folder import SNAPSHOT, commit_of
+from lmp.train.run_folder import SNAPSHOT, commit_of, git
 
 FOLDERS = ("lmp", "launch", "tools", "configs", "slurm")
 UNTRACKED = {".py", ".yaml", ".sh", ".sbatch"}
@@ -73,16 +72,16 @@ class Snapshot:
             "checkout": str(self.checkout),
             "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        (temporary / "changes.patch").write_text(_git(self.checkout, "diff", "HEAD", "--", *FOLDERS) or "")
+        (temporary / "changes.patch").write_text(git(self.checkout, "diff", "HEAD", "--", *FOLDERS) or "")
         (temporary / SNAPSHOT).write_text(json.dumps(facts, indent=2) + "\n")
         temporary.rename(self.folder)
         return True
 
 
 def _files(checkout: Path) -> Iterator[Path]:
-    listed = _git(checkout, "ls-files", "-z", "--", *FOLDERS)
+    listed = git(checkout, "ls-files", "-z", "--", *FOLDERS)
     if listed:
-        new = _git(checkout, "ls-files", "-z", "--others", "--exclude-standard", "--", *FOLDERS) or ""
+        new = git(checkout, "ls-files", "-z", "--others", "--exclude-standard", "--", *FOLDERS) or ""
         tracked = (Path(name) for name in listed.split("\0") if name)
         untracked = (Path(name) for name in new.split("\0") if Path(name).suffix in UNTRACKED)
         yield from (file for file in (*tracked, *untracked) if (checkout / file).is_file())
@@ -96,14 +95,3 @@ def _files(checkout: Path) -> Iterator[Path]:
 def _facts(folder: Path) -> dict[str, Any]:
     file = folder / SNAPSHOT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _git(checkout: Path, *arguments: str) -> str | None:
-    """None: no git, or no repository of its own."""
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout

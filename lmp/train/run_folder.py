@@ -143,8 +143,8 @@ def commit_of(checkout: Path) -> tuple[str | None, bool]:
     if snapshot.is_file():
         taken = json.loads(snapshot.read_text(encoding="utf-8"))
         return taken["commit"], taken["changed"]
-    commit = _git(checkout, "rev-parse", "HEAD")
-    return commit, bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))
+    commit = git(checkout, "rev-parse", "HEAD")
+    return commit and commit.strip(), bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))
 
 
 def code_state() -> dict[str, Any]:
@@ -159,14 +159,15 @@ def code_state() -> dict[str, Any]:
     }
 
 
-def _git(checkout: Path, *arguments: str) -> str | None:
+def git(checkout: Path, *arguments: str) -> str | None:
+    """What a git command prints; None: there is no git, or the folder is no repository of its own."""
     if not (checkout / ".git").exists():
         return None
     try:
         done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout
 
 
 def _at(tree: Any, key: str) -> Any:

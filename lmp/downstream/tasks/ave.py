@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lmp.downstream.labels import overlapped_most
 from lmp.downstream.scores import kendall_tau, per_class_accuracy
-from lmp.downstream.tasks.base import Coverage, ItemRows, Items, Loss, Task, Videos, choice_accuracy, need_file
+from lmp.downstream.tasks.base import Clip, Coverage, ItemRows, Items, Loss, Task, Videos, choice_accuracy, need_file
 from lmp.downstream.tasks.splits import read_json_split
 from lmp.downstream.trunk import Blocks, Window
 from lmp.errors import UserError
@@ -46,6 +47,14 @@ class _Scenes(Task):
     def ids(self, labels: Path) -> dict[str, list[str]]:
         return read_json_split(need_file(Path(labels) / "split.json", self))
 
+    def found(self, labels: Path, videos: Videos, coverage: Coverage) -> Iterator[tuple[str, str, Clip]]:
+        """(split, scene, its shots) of every scene that the shards hold; all are counted."""
+        for split, scenes in self.ids(labels).items():
+            for scene in scenes:
+                clip = coverage.look(videos, scene, split)
+                if clip is not None:
+                    yield split, scene, clip
+
 
 class Attribute(_Scenes):
     """One attribute of every shot; the score is the mean of the per-class accuracies."""
@@ -64,18 +73,16 @@ class Attribute(_Scenes):
         annotated = read_annotations(path, self.attribute)
         names = sorted({value for shots in annotated.values() for _, _, value in shots})
         rows, coverage, item = ItemRows(), Coverage(), 0
-        for split, scenes in self.ids(labels).items():
-            for scene in scenes:
-                clip = coverage.look(videos, scene, split)
-                if clip is None or not annotated.get(scene):
-                    continue
-                spans_M2 = np.array([shot[:2] for shot in annotated[scene]])
-                window = rows.window(clip.window())
-                for row, best in enumerate(overlapped_most(videos.times(clip), spans_M2).tolist()):
-                    if best >= 0:
-                        value = names.index(annotated[scene][best][2])
-                        rows.add(window, [(row, row + 1)], value, group=item, split=split)
-                        item += 1
+        for split, scene, clip in self.found(labels, videos, coverage):
+            if not annotated.get(scene):
+                continue
+            spans_M2 = np.array([shot[:2] for shot in annotated[scene]])
+            window = rows.window(clip.window())
+            for row, best in enumerate(overlapped_most(videos.times(clip), spans_M2).tolist()):
+                if best >= 0:
+                    value = names.index(annotated[scene][best][2])
+                    rows.add(window, [(row, row + 1)], value, group=item, split=split)
+                    item += 1
         items = rows.items(np.int64)
         items.facts["names"] = names
         return items, coverage
@@ -104,18 +111,15 @@ class ShotOrdering(_Scenes):
     def items(self, labels: Path, videos: Videos) -> tuple[Items, Coverage]:
         rows, coverage, item = ItemRows(), Coverage(), 0
         random = np.random.default_rng(_SEED)
-        for split, scenes in self.ids(labels).items():
-            for scene in scenes:
-                clip = coverage.look(videos, scene, split)
-                if clip is None:
-                    continue
-                for start in range(clip.start, clip.stop - ORDERED + 1, ORDERED):
-                    order = int(random.integers(len(self.orders)))
-                    shown = np.argsort(self.orders[order])  # so that orders[order] of what is shown is the film's order
-                    window = rows.window(Window(clip.film, start + shown))
-                    parts = [(place, place + 1) for place in range(ORDERED)]
-                    rows.add(window, parts, order, group=item, split=split)
-                    item += 1
+        for split, _, clip in self.found(labels, videos, coverage):
+            for start in range(clip.start, clip.stop - ORDERED + 1, ORDERED):
+                order = int(random.integers(len(self.orders)))
+                shown = np.argsort(self.orders[order])  # so that orders[order] of what is shown is the film's order
+                # Not at the film's times where they happen to be in order: gaps between shots would give it away.
+                window = rows.window(Window(clip.film, start + shown, in_time=False))
+                parts = [(place, place + 1) for place in range(ORDERED)]
+                rows.add(window, parts, order, group=item, split=split)
+                item += 1
         return rows.items(np.int64), coverage
 
     def outputs(self, items: Items) -> int:
@@ -140,21 +144,17 @@ class NextShot(_Scenes):
     def items(self, labels: Path, videos: Videos) -> tuple[Items, Coverage]:
         rows, coverage, question = ItemRows(), Coverage(), 0
         random = np.random.default_rng(_SEED)
-        for split, scenes in self.ids(labels).items():
-            for scene in scenes:
-                clip = coverage.look(videos, scene, split)
-                if clip is None:
-                    continue
-                for start in range(clip.start, clip.stop - CONTEXT - CANDIDATES + 1, CONTEXT):
-                    following = start + CONTEXT
-                    wrong = random.choice(np.arange(following + 1, clip.stop), CANDIDATES - 1, replace=False)
-                    for candidate in random.permutation([following, *wrong.tolist()]).tolist():
-                        shown = np.append(np.arange(start, following), candidate)
-                        # Not in the film's order where it is wrong: a leap in time would give it away.
-                        window = rows.window(Window(clip.film, shown, in_time=False))
-                        parts = [(0, CONTEXT), (CONTEXT - 1, CONTEXT), (CONTEXT, CONTEXT + 1)]
-                        rows.add(window, parts, candidate == following, group=question, split=split)
-                    question += 1
+        for split, _, clip in self.found(labels, videos, coverage):
+            for start in range(clip.start, clip.stop - CONTEXT - CANDIDATES + 1, CONTEXT):
+                following = start + CONTEXT
+                wrong = random.choice(np.arange(following + 1, clip.stop), CANDIDATES - 1, replace=False)
+                for candidate in random.permutation([following, *wrong.tolist()]).tolist():
+                    shown = np.append(np.arange(start, following), candidate)
+                    # Not in the film's order where it is wrong: a leap in time would give it away.
+                    window = rows.window(Window(clip.film, shown, in_time=False))
+                    parts = [(0, CONTEXT), (CONTEXT - 1, CONTEXT), (CONTEXT, CONTEXT + 1)]
+                    rows.add(window, parts, candidate == following, group=question, split=split)
+                question += 1
         return rows.items(np.bool_), coverage
 
     def outputs(self, items: Items) -> int:
