@@ -127,7 +127,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _ingest(arguments: argparse.Namespace) -> int:
     from lmp.data.leave_out import LeaveOut
-    from lmp.films.ingest import expand, ingest
+
+    try:
+        from lmp.films.ingest import expand, ingest
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed", remedy="pip install 'lmp[films]'") from error
 
     encoders = {}
     for spec in arguments.encoder or ["video=signal", "audio=signal", "text=signal"]:

@@ -84,6 +84,7 @@ def export(
         found = {**settings, "encoders": source.preprocessing()["encoders"], "finished": False}
         write_json(out / SIDECAR, found)
     if found["finished"]:
+        shutil.rmtree(out / STAGED, ignore_errors=True)
         return found
     folder = out / STAGED if chosen.write is None else out
     try:
@@ -96,11 +97,11 @@ def export(
     if chosen.pack is not None:
         chosen.pack(Packing(staged=folder, shots=out / "shots", out=out, name=name, keys=index.keys))
     found["largest_difference"] = _difference(extractor, out, layout, name, folder_by)
-    if chosen.pack is not None:
-        shutil.rmtree(folder)
     found |= {"finished": True, "films": len(index), "shots": int(index.shots.sum())}
     with new_file(out / SIDECAR) as path:
         write_json(path, found)
+    # Last: an export that goes on needs the films that it takes for done.
+    shutil.rmtree(out / STAGED, ignore_errors=True)
     return found
 
 

@@ -129,7 +129,9 @@ def export(run: Path, out: Path, *, parts: Sequence[str] = (), overwrite: bool =
             _write(graph, source)
             _check_weights(graph, source)
             differences[name] = _compare(graph, source)
-            files[graph.name] = hashlib.sha256(graph.read_bytes()).hexdigest()
+            # Large weights lie beside the graph.
+            for file in sorted(folder.glob(f"{graph.name}*")):
+                files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
         shown = [source.preprocessing() for source in sources.values()]
         merged = {key: {k: v for one in shown for k, v in one[key].items()} for key in ("modalities", "encoders")}
         write_json(folder / "preprocessing.json", whole.preprocessing() | merged)

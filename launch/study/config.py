@@ -23,10 +23,9 @@ DERIVED = {
     "seed": "give `seeds`",
     "name": "cells are named after the grid",
     "train.steps": "give `budget`",
-    "cluster.nodes": "give `nodes`",
-    "cluster.tasks_per_node": "give `processes`",
-    "cluster.gpus_per_node": "give `processes`",
+    "cluster": "give `nodes`, `processes`, or `config.cluster`, which is the same for all cells",
 }
+"""Grid keys that cannot be, with all below them, and what to do instead."""
 MAY_CHANGE = ("concurrency", "retries", "config.cluster")
 """Keys that decide no result, so that a study that goes on may have others."""
 
@@ -240,8 +239,8 @@ def _grid_faults(study: Study) -> list[str]:
     faults = []
 
     def check(key: str, where: str) -> None:
-        if key in DERIVED:
-            faults.append(f"{where}: {key} cannot be in the grid: {DERIVED[key]}")
+        if derived := DERIVED.get("cluster" if key.startswith("cluster.") else key):
+            faults.append(f"{where}: {key} cannot be in the grid: {derived}")
         elif not _is_key(key):
             near = unknown(key, _known_keys(), "key")
             faults.append(f"{where}: {near if 'did you mean' in near else 'no such key'}")

@@ -138,10 +138,10 @@ class StudyFolder:
         try:
             with (self.path / "lock").open("r", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # no such file, or a file system without locks
+            return False
         return False
 
     @contextmanager
@@ -155,12 +155,14 @@ class StudyFolder:
         with (self.path / "lock").open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 file.seek(0)
                 raise UserError(
                     f"{self.path}: is being run by {file.read().strip() or 'another process'}",
                     remedy="wait for it, or end it; `python -m launch.study status` shows how far the study is",
                 ) from error
+            except OSError:
+                pass  # a file system without locks
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

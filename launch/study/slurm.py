@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -43,8 +44,11 @@ class SlurmRunner:
         self.cells = {cell.name: cell for cell in runnable(cells)}
         self.states = folder.states()
         self.over_since: dict[str, float] = {}
-        # Taken where something is submitted: queued and restarted jobs keep to the code of their submission.
-        self.code = Snapshot.of(CHECKOUT, folder.path)
+
+    @cached_property
+    def code(self) -> Snapshot:
+        """Looked at where something is first submitted; later submissions of this start keep to it."""
+        return Snapshot.of(CHECKOUT, self.folder.path)
 
     def start(self) -> None:
         """Find the jobs of an earlier start, and submit the cells that have none and are not done.

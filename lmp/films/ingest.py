@@ -173,7 +173,8 @@ def ingest(
     for film in expand(films):
         refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
         (report.refused if refused else wanted).append(film)
-    built = build_encoders(encoders, device=device)
+    # With several workers these only describe; each worker builds its own.
+    built = build_encoders(encoders, device=device if workers == 1 else "cpu")
     described = {name: describe(parts) for name, parts in built.items()}
     kept_films = out / kept.FOLDER
     jobs = _jobs(wanted, shot_lists, subtitles, workers, kept_films, {**described, "device": device})
@@ -184,9 +185,9 @@ def ingest(
             for job, done in _results(jobs, built, _Specs(dict(encoders), device), workers):
                 _write(writer, job, done, report)
                 bar.advance(task)
-        shutil.rmtree(kept_films, ignore_errors=not report.films)
         if report.films:
             writer.close()
+        shutil.rmtree(kept_films, ignore_errors=True)
     finally:
         writer.abort()  # nothing is left to remove after close
     return report

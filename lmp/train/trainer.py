@@ -134,6 +134,8 @@ class Start:
                 device=self._device(),
                 attention=str(self.attention),
             )
+        if progress.step >= self.config.train.steps:
+            return Outcome(step=progress.step, finished=True, reason="the last step was made before")
         loader = PackLoader(
             self.index,
             self.plan,

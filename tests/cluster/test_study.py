@@ -16,7 +16,7 @@ from tests.cluster.conftest import Slurm
 from tests.launch.studies import Page, ledger, write_study
 from tests.runs import metrics, start
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
 
 STEPS = 6
 

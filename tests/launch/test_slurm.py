@@ -276,7 +276,7 @@ def test_status(tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[
     assert main(["status", str(run)]) == 0
     first, progress, left, checkpoint, *events = capsys.readouterr().out.splitlines()
     assert first == f"{run}: job 41 is RUNNING, restarted 1 time"
-    assert progress == "step 120 of 200 (60 %), loss 0.0083, 64 shots/s, 2.5 s a step"
+    assert progress == "step 120 of 200 (60 %), loss 0.0083, 64 shots/s, 2 s a step"
     assert left == "about 3 min of training left, waiting in queues aside"
     assert checkpoint.startswith("newest checkpoint step-00000100, ")
     assert len(events) == 4 and not any("saved" in event for event in events)
@@ -284,7 +284,7 @@ def test_status(tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[
     slurm.job_is("PENDING", "BeginTime")
     assert main(["status", "--json", str(run)]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["why"], told["step"], told["seconds_left"]) == ("PENDING", "BeginTime", 120, 200.0)
+    assert (told["state"], told["why"], told["step"], told["seconds_left"]) == ("PENDING", "BeginTime", 120, 160.0)
     (run / "DONE").write_text('{"step": 200}')
     (slurm.folder / "job").unlink()
     assert main(["status", str(run)]) == 0

@@ -120,3 +120,12 @@ def _starts(folder: Path) -> list[int]:
     """The steps from which the run was started, as its ledger tells."""
     events = [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     return [event["step"] for event in events if event["event"] == "start"]
+
+
+def test_a_run_that_lost_only_its_mark_is_finished_at_once(runs: Runs, undisturbed: list[float]) -> None:
+    """A kill between the last checkpoint and DONE."""
+    folder = runs.copy(runs.folder / "undisturbed", "unmarked")
+    (folder / "DONE").unlink()
+    lines = runs.finish("unmarked", processes=2, zero=1)
+    assert [line["loss"] for line in lines] == undisturbed
+    assert (folder / "DONE").is_file() and _starts(folder)[-1] == STEPS
