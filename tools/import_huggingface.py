@@ -92,7 +92,7 @@ def import_folder(source: Path, run: Path, config: Config, *, positions: str | N
     _check_encoders(source, data["encoders"])
     if not with_heads:
         weights = {f"lmp.{name}": tensor for name, tensor in weights.items()}
-    model, how = _model(weights, theirs, mine, config.seed, positions, source)
+    model, how = _model(weights, theirs, mine, config.seed, positions, source, with_heads=with_heads)
     with new_folder(run) as partial:
         folder = RunFolder(partial)
         folder.open(config)
@@ -213,6 +213,8 @@ def _model(
     seed: int,
     positions: str | None,
     source: Path,
+    *,
+    with_heads: bool,
 ) -> tuple[LmpForPretraining, str]:
     """The model to begin with, and what was done about positions."""
     with torch.random.fork_rng(devices=[]):
@@ -226,7 +228,7 @@ def _model(
             weights[TABLE], how = _table(weights[TABLE], fresh[TABLE], positions, source)
     elif positions is not None:
         raise UserError(f"--positions {positions}: the model has {mine.positions} positions", remedy="leave it out")
-    if not any(not name.startswith("lmp.") for name in weights):
+    if not with_heads:
         weights |= {name: tensor for name, tensor in fresh.items() if not name.startswith("lmp.")}
     check_tensors(weights, fresh, source=str(source))
     model.load_state_dict(weights, strict=True)

@@ -18,7 +18,7 @@ from lmp.data.arrays import H5_KINDS, KINDS, open_h5, read_array, read_h5, to_st
 from lmp.data.grids import Grid, to_shots
 from lmp.data.leave_out import LeaveOut
 from lmp.data.manifest import Manifest
-from lmp.data.record import KEY_PATTERN
+from lmp.data.record import KEY_PATTERN, check_shots
 from lmp.data.shards import FilmRecord, ShardWriter
 from lmp.errors import UserError
 
@@ -257,7 +257,7 @@ def _film(
     grids: Mapping[str, Grid],
 ) -> FilmRecord:
     """One film; `widths` has a row [1, K, D] of each modality that some film lacks."""
-    shots_S2 = shots.of(key)
+    shots_S2 = check_shots(key, shots.of(key)).numpy()
     count = len(shots_S2)
     features, valid = {}, {}
     for name, source in sources.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -239,7 +239,7 @@ def fine_tune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = copy.deepcopy(trunk.model)
-        learnt = Trunk(model, trunk.name, trunk.modalities, trunk.step, trunk.max_shots)
+        learnt = replace(trunk, model=model)
         width = _forward(task, items, learnt, films, part.train[:1]).shape[1]
         head = Head(width, task.outputs(items)).to(model.device)
         optimiser = torch.optim.AdamW(
@@ -264,10 +264,10 @@ def fine_tune(
                 loss.backward()
                 optimiser.step()
             head.eval()
-            judged = [_output(task, items, learnt, films, head, chosen) for chosen in (val, part.test)]
-            score = task.scores(items, val, judged[0])[task.metric] * (1 if task.higher else -1)
+            judged = task.scores(items, val, _output(task, items, learnt, films, head, val))
+            score = judged[task.metric] * (1 if task.higher else -1)
             if best is None or score > best[0]:
-                best = score, epoch, judged[1]
+                best = score, epoch, _output(task, items, learnt, films, head, part.test)
             elif epoch - best[1] >= settings.patience:
                 break
     assert best is not None

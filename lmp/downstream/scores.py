@@ -165,8 +165,8 @@ def detection_map(
     thresholds: Sequence[float] = TIOU,
 ) -> dict[str, float]:
     """mAP at each tIoU over the classes that have an event, and `mean` over the thresholds."""
-    table = np.array([detection_average_precision(truth[c], found.get(c, ()), thresholds) for c in truth if truth[c]])
-    by_threshold = table.mean(0)
+    table = [detection_average_precision(truth[c], found.get(c, ()), thresholds) for c in truth if truth[c]]
+    by_threshold = np.mean(table, axis=0) if table else np.zeros(len(thresholds))
     flat = {f"mAP@{t:g}": float(value) for t, value in zip(thresholds, by_threshold, strict=True)}
     return flat | {"mean": float(by_threshold.mean())}
 

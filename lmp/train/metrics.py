@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -73,11 +74,12 @@ class Recorder:
         """Record one step; `facts` holds "step", "loss", "shots_per_second" and more; text goes into lines only."""
         if not self.active:
             return
-        self._lines.write(json.dumps({k: _short(v) for k, v in facts.items()}) + "\n")
-        self._lines.flush()
-        for name, value in facts.items():
-            if name != "step" and not isinstance(value, str):
-                self._events.add_scalar(name, value, facts["step"])
+        with suppress(OSError):  # a full disk must not end rank 0 alone; what is buffered comes with a later step
+            self._lines.write(json.dumps({k: _short(v) for k, v in facts.items()}) + "\n")
+            self._lines.flush()
+            for name, value in facts.items():
+                if name != "step" and not isinstance(value, str):
+                    self._events.add_scalar(name, value, facts["step"])
         self._bar.update(self._task, completed=facts["step"], loss=facts["loss"], rate=facts["shots_per_second"])
 
     def __enter__(self) -> Recorder:

@@ -153,12 +153,14 @@ class SceneBoundaries(Task):
     def scores(self, items: Items, chosen: np.ndarray, output_IC: np.ndarray) -> dict[str, float]:
         score_I = output_IC[:, 1] - output_IC[:, 0]
         true_I, group_I = items.target_I[chosen], items.group_I[chosen]
-        prior = float(items.target_I.mean())
         found: dict[str, list[float]] = {"AP": [], "AUC": [], "mIoU": [], "purity": []}
         for places in by_group(group_I):
             if not true_I[places].any():
                 continue  # a film of one scene has no boundary to find
-            shots_N2 = items.facts["films"][int(group_I[places[0]])]
+            film = int(group_I[places[0]])
+            fitted_I = items.group_I != film if items.fold_I is not None else items.split_I == "train"
+            prior = float(items.target_I[fitted_I].mean())
+            shots_N2 = items.facts["films"][film]
             truth_N = true_I[places] > 0
             found["AP"].append(average_precision(truth_N, score_I[places]))
             found["AUC"].append(_auc(truth_N, score_I[places]))
