@@ -186,14 +186,14 @@ def _set_threads() -> None:
 def _submit(run: Path, steps: Sequence[int], request: Request, given_up: set[int]) -> bool:
     """Submit what has no job; returns whether any job is under way."""
     from launch.slurm import executor, submit
-    from launch.slurm_state import is_over, job_state
+    from launch.slurm_state import may_go_on
 
     file = run / "evaluation" / "jobs.json"
     jobs: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     under_way = False
     for step in steps:
         started = jobs.setdefault(str(step), [])
-        if started and not is_over(job_state(started[-1])):
+        if started and may_go_on(started[-1]):
             under_way = True
         elif len(started) >= ATTEMPTS:
             print(f"step {step} is given up after {ATTEMPTS} jobs; see {run / 'evaluation' / 'slurm'}", flush=True)

@@ -1,6 +1,6 @@
 """Start the processes of one run on this machine: python -m launch.local CONFIG -n 2 [a.b=c ...] [--run RUN].
 
-Rank 0 speaks on the terminal; every rank has a log in RUN/logs. When one process fails, all are ended and the
+Rank 0 speaks on the terminal; ranks have logs in RUN/logs. When one process fails, all are ended and the
 error of the first to fail is shown. SIGTERM, SIGINT and SIGUSR2 are passed on once, so that the run saves and stops.
 """
 
@@ -137,13 +137,17 @@ def _die_with_parent() -> None:
 
 
 def _explain(rank: int, code: int, log: Path) -> None:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    if code == EXIT_USER:
-        told = [line for line in lines if line.startswith("error: ")]
-        print(told[-1] if told else "\n".join(lines[-5:]), file=sys.stderr)
-        return
-    print(f"rank {rank} failed with exit code {code}; the end of {log}:", file=sys.stderr)
-    print("\n".join(lines[-25:]), file=sys.stderr)
+    if rank == 0 and sys.stderr.isatty():  # it has spoken there itself; its log is of other starts
+        if code != EXIT_USER:
+            print(f"rank {rank} failed with exit code {code}", file=sys.stderr)
+    else:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        if code == EXIT_USER:
+            told = [line for line in lines if line.startswith("error: ")]
+            print(told[-1] if told else "\n".join(lines[-5:]), file=sys.stderr)
+        else:
+            print(f"rank {rank} failed with exit code {code}; the end of {log}:", file=sys.stderr)
+            print("\n".join(lines[-25:]), file=sys.stderr)
     if code == EXIT_AGAIN:
         print(
             "the run hung or lost a process: start the same command again, and it goes on from its newest checkpoint",

@@ -49,6 +49,25 @@ def is_over(state: str) -> bool:
     return state in FINAL or state == "UNKNOWN"
 
 
+def answers() -> bool:
+    """Whether there is a controller that answers."""
+    return slurm("squeue", "-h", "--name", "none").returncode == 0
+
+
+def known_state(job: str) -> str | None:
+    """The state of a job; None where SLURM does not answer, for then UNKNOWN says nothing about the job."""
+    state = job_state(job)
+    if state != "UNKNOWN":
+        return state
+    return job_state(job) if answers() else None
+
+
+def may_go_on(job: str) -> bool:
+    """Whether a job is not over, or SLURM does not say: no reason to submit another one."""
+    state = known_state(job)
+    return state is None or not is_over(state)
+
+
 def wait(job: str, timeout_s: float, *, poll_s: float = 1.0) -> str:
     """Wait until a job is over and not about to start again.
 

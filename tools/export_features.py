@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from lmp.data.imports import tracked
 from lmp.data.index import FilmIndex
@@ -33,7 +32,7 @@ from lmp.errors import UserError
 from tools._feature_formats import FORMATS, Packing, write_npy
 from tools._film_features import POOLINGS, Extraction, Extractor, FilmRows
 from tools._output import add_source_arguments, new_file, run_command, write_json
-from tools._source import Source, open_source, trained_window
+from tools._source import Source, open_source
 
 SIDECAR = "features.json"
 STAGED = ".films"
@@ -146,9 +145,9 @@ def _command(arguments: argparse.Namespace) -> str:
     source = open_source(arguments.run, step=arguments.step, allow_unfinished=arguments.allow_unfinished)
     window = arguments.window
     if window is None:
-        window = trained_window(yaml.safe_load((arguments.run / "config.yaml").read_text(encoding="utf-8")) or {})
+        window = source.preprocessing()["window_shots"]
     if window is None:
-        raise UserError(f"{arguments.run / 'config.yaml'}: names no window", remedy="give --window")
+        raise UserError(f"{source.trained.path}: names no window", remedy="give --window")
     extraction = Extraction(
         tokens=arguments.tokens,
         layer=arguments.layer,

@@ -162,14 +162,15 @@ def _report(folder: Path) -> int:
     from launch.study.collect import collect
     from launch.study.report import summary, write_report
 
+    rows = collect(folder)
     try:
-        page = write_report(folder)
+        page = write_report(folder, rows)
         print(f"report: {page}")
     except UserError as error:
         if "matplotlib" not in error.problem:
             raise
         print(f"no report: {error}", file=sys.stderr)
-    rows = [row for row in collect(folder) if row.status != "left out"]
+    rows = [row for row in rows if row.status != "left out"]
     print(summary(rows))
     measured = not load_study(folder / "study.yaml").evaluate or all(row.scores for row in rows)
     return EXIT_DONE if measured and all(row.status == "done" for row in rows) else 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launch.follow import results_of
 from launch.local import launch
-from launch.slurm_state import is_over
+from launch.slurm_state import may_go_on
 from launch.study.cells import Cell
 from launch.study.config import Evaluation, Study
 from launch.study.folder import CellState, States, StudyFolder, last_words, runnable
@@ -44,10 +44,9 @@ def _leave_to_slurm(states: States) -> None:
     Raises:
         UserError: some cells have a SLURM job that is not over.
     """
-    from launch.study.slurm import state_of
 
     jobs = [state.job for state in states.cells.values() if state.job is not None]
-    if jobs and (active := [job for job in jobs if (now := state_of(job)) is None or not is_over(now)]):
+    if jobs and (active := [job for job in jobs if may_go_on(job)]):
         raise UserError(
             f"{len(active)} cells have SLURM jobs ({', '.join(active[:5])})",
             remedy="go on without --local, or cancel them: python -m launch.study cancel STUDY",

@@ -55,8 +55,8 @@ MEANINGS = {
 GROUPED = ("seconds", "shots_per_second", "mfu", "memory_gib", "loss_smoothed")
 
 
-def write_report(folder: Path) -> Path:
-    """Make STUDY/report again from what the cells have now.
+def write_report(folder: Path, rows: Sequence[Row] | None = None) -> Path:
+    """Make STUDY/report again from what the cells have now, or from their `rows` where these are read already.
 
     Returns:
         the path of report.html.
@@ -64,7 +64,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder holds no study; matplotlib is not installed.
     """
-    rows = collect(folder)
+    rows = collect(folder) if rows is None else rows
     study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
     out = folder / "report"
     ran = [row for row in rows if row.status != "left out"]

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from launch.executor import CHECKOUT
 from launch.follow import Request, measure_finished, one_process, unmeasured
-from launch.slurm import executor, job_state, submit_array
-from launch.slurm_state import RESTART_SECONDS, is_over, slurm
+from launch.slurm import executor, submit_array
+from launch.slurm_state import RESTART_SECONDS, answers, is_over, known_state, may_go_on, slurm
 from launch.snapshot import Snapshot
 from launch.study.cells import Cell
 from launch.study.collect import last_step
@@ -56,7 +56,7 @@ class SlurmRunner:
         Raises:
             UserError: no SLURM here, or sbatch refused.
         """
-        if not _answers():
+        if not answers():
             raise UserError("SLURM does not answer here", remedy="run on a login node, or on this machine with --local")
         self.states.evaluations = 0
         for name in self.cells:
@@ -106,10 +106,10 @@ class SlurmRunner:
     def cancel(self) -> list[str]:
         """Cancel every job of the study, also while a launcher watches it; returns their ids. Writes nothing."""
         self._recover()
-        jobs = [s.job for s in self.states.cells.values() if s.job and not is_over(job_state(s.job))]
-        jobs += [job for job in self.states.evaluation if not is_over(job_state(job))]
-        if jobs:
-            slurm("scancel", *jobs)
+        jobs = [s.job for s in self.states.cells.values() if s.job and may_go_on(s.job)]
+        jobs += [job for job in self.states.evaluation if may_go_on(job)]
+        if jobs and (done := slurm("scancel", *jobs)).returncode:
+            raise UserError(f"scancel: {done.stderr.strip()}", remedy="try again when the controller answers")
         for state in self.states.cells.values():
             if state.job in jobs:
                 state.state, state.reason, state.job = "cancelled", "cancelled", None
@@ -125,7 +125,7 @@ class SlurmRunner:
             if again:
                 state.state, state.reason = "waiting", None
             return
-        now = state_of(state.job)
+        now = known_state(state.job)
         if now is None:
             return
         if not is_over(now):
@@ -222,7 +222,7 @@ class SlurmRunner:
             code=self.code.folder,
         )
         jobs = submit_array(made, measure_finished, [(runs[n::parts], request) for n in range(parts)])
-        earlier = [job for job in self.states.evaluation if not is_over(job_state(job))]
+        earlier = [job for job in self.states.evaluation if may_go_on(job)]
         self.states.evaluation = [*earlier, *(str(job.job_id) for job in jobs)]
         self.states.evaluations += 1
         self.folder.save(self.states)
@@ -236,7 +236,7 @@ class SlurmRunner:
         return sorted({job.partition("_")[0] for name in self._active() if (job := self.states.cells[name].job)})
 
     def _measuring(self) -> bool:
-        return any(not is_over(job_state(job)) for job in self.states.evaluation)
+        return any(map(may_go_on, self.states.evaluation))
 
     def _unmeasured(self) -> bool:
         """Whether finished cells wait to be measured."""
@@ -280,18 +280,6 @@ def _by_resources(cells: Sequence[Cell]) -> dict[tuple[int, int, int], list[Cell
     for cell in cells:
         found.setdefault((cell.world_size, cell.nodes, cell.processes), []).append(cell)
     return found
-
-
-def _answers() -> bool:
-    return slurm("squeue", "-h", "--name", "none").returncode == 0
-
-
-def state_of(job: str) -> str | None:
-    """The state of a job; None where SLURM does not answer, for that is no reason to submit a cell again."""
-    state = job_state(job)
-    if state != "UNKNOWN":
-        return state
-    return job_state(job) if _answers() else None
 
 
 def _exit_code(job: str) -> int | None:

@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def commit_of(checkout: Path) -> tuple[str | None, bool]:
     return commit and commit.strip(), bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))
 
 
+@cache
 def code_state() -> dict[str, Any]:
     """Version and commit of lmp and versions of what it stands on."""
     commit, changed = commit_of(Path(lmp.__file__).parents[1])

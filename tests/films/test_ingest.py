@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -145,7 +144,6 @@ def test_what_can_be_known_before_is_said_before(films: Path, tmp_path: Path) ->
 
 def test_folders_expand_in_order(films: Path) -> None:
     assert [path.name for path in expand([films])] == [f"film-000{i}.mp4" for i in range(3)]
-    assert all(json.loads(path.with_suffix(".labels.json").read_text()) for path in expand([films]))
 
 
 def test_keys_are_safe() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch import slurm_state
 from launch.study import slurm as study_slurm
 from launch.study.config import load_study
 from launch.study.folder import CellState, StudyFolder
@@ -54,8 +55,12 @@ class Scheduler:
 @pytest.fixture
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> Scheduler:
     made = Scheduler()
-    for name in ("slurm", "job_state", "executor", "submit_array"):
-        monkeypatch.setattr(study_slurm, name, getattr(made, name))
+    for module, names in (
+        (slurm_state, ("slurm", "job_state")),
+        (study_slurm, ("slurm", "executor", "submit_array")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(made, name))
     code = SimpleNamespace(take=lambda: True, folder=Path("code"))
     monkeypatch.setattr(study_slurm.Snapshot, "of", lambda *_: code)
     return made

@@ -151,7 +151,7 @@ def test_an_existing_folder_is_kept(make_run: MakeRun, tmp_path: Path, capsys: p
 
 
 def test_no_run_and_no_such_step(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "run" in refused(capsys, tmp_path)
+    assert "is not a run folder (no config.yaml)" in refused(capsys, tmp_path)
     make_run()
     assert "step 99" in refused(capsys, tmp_path, "--step", "99")
 
