@@ -15,7 +15,7 @@ from tools._output import listed
 from tools._parity import different
 from tools._source import Source, digests
 
-CODE_FILES = ("attention.py", "backends.py", "configuration_lmp.py", "modeling_lmp.py")
+CODE_FILES = ("attention.py", "backends.py", "configuration_lmp.py", "layers.py", "modeling_lmp.py")
 PARTS_FILE = "modeling_lmp_parts.py"
 
 

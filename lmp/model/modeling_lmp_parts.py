@@ -15,14 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from .attention import attention as _attention  # noqa: F401
 from .backends import resolve as _resolve  # noqa: F401
 from .configuration_lmp import LmpContextualConfig, LmpCrossConfig
-from .modeling_lmp import (
-    ContextualTransformer,
-    CrossTransformer,
-    LmpTrunk,
-    ModalityEmbedding,
-    complete_inputs,
-    read_sources,
-)
+from .layers import ContextualTransformer, CrossTransformer, ModalityEmbedding
+from .modeling_lmp import LmpTrunk, complete_inputs, read_sources
 
 
 class LmpContextualModel(LmpTrunk):

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lmp.model.attention import Attend
 from lmp.model.backends import attention_ops
-from lmp.model.modeling_lmp import ContextualBlock, CrossBlock, LmpForPretraining
+from lmp.model.layers import ContextualBlock, CrossBlock
+from lmp.model.modeling_lmp import LmpForPretraining
 from lmp.parallel.compilation import CompiledForward, check_compiler
 from lmp.parallel.memory_settings import MemorySettings
 from lmp.parallel.offload import HostStore, Parked

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmp.model.modeling_lmp import Mlp
+from lmp.model.layers import Mlp
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 

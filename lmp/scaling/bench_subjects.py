@@ -105,7 +105,7 @@ def make_subjects(
 
 def compiled(subject: Subject) -> Subject:
     """The same parameters with each block compiled, attention of lmp aside as in training; under another name."""
-    from lmp.model.modeling_lmp import ContextualBlock
+    from lmp.model.layers import ContextualBlock
     from lmp.parallel.memory import apply_memory
     from lmp.parallel.memory_settings import MemorySettings
 
@@ -120,7 +120,7 @@ def compiled(subject: Subject) -> Subject:
 def own_encoder(shape: Shape, positions: str) -> nn.Module:
     """One contextual transformer, as it stands in LmpModel."""
     from lmp.model import LmpConfig
-    from lmp.model.modeling_lmp import ContextualTransformer
+    from lmp.model.layers import ContextualTransformer
 
     config = LmpConfig(
         width=shape.width,

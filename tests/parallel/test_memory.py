@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmp.errors import UserError
 from lmp.model import LmpForPretraining
 from lmp.model.attention import Segments, attention, rotary_of, rotation_angles
-from lmp.model.modeling_lmp import ContextualBlock, CrossBlock
+from lmp.model.layers import ContextualBlock, CrossBlock
 from lmp.parallel.memory import apply_memory, blocks
 from lmp.parallel.memory_settings import MemorySettings
 from lmp.parallel.offload import HostStore

@@ -47,6 +47,7 @@ def test_the_folder_is_whole(exported: Path) -> None:
         "config.json",
         "configuration_lmp.py",
         "fingerprint.json",
+        "layers.py",
         "model.safetensors",
         "modeling_lmp.py",
         "preprocessing.json",
@@ -206,10 +207,10 @@ def test_aliased_tensors_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("file", "before", "after", "said"),
     [
-        ("F.gelu(", "F.relu(", "differs by"),
-        ("from .attention import", "import lmp\nfrom .attention import", "lmp is not to be had"),
+        ("layers.py", "F.gelu(", "F.relu(", "differs by"),
+        ("modeling_lmp.py", "from .attention import", "import lmp\nfrom .attention import", "lmp is not to be had"),
     ],
 )
 def test_remote_code_that_is_not_the_training_code_is_refused(
@@ -217,13 +218,14 @@ def test_remote_code_that_is_not_the_training_code_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    file: str,
     before: str,
     after: str,
     said: str,
 ) -> None:
     def copy(source: Path, target: Path) -> None:
         text = source.read_text()
-        if source.name == "modeling_lmp.py":
+        if source.name == file:
             assert before in text
             text = text.replace(before, after, 1)
         target.write_text(text)
