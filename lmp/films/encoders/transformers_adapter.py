@@ -176,8 +176,13 @@ class TransformersEncoder:
 
     def _version(self) -> str:
         """The revision on the hub, or else a digest of the weights: equal versions mean equal features."""
+        from transformers.utils import cached_file
+
         commit = getattr(self._model.config, "_commit_hash", None)
-        return str(commit) if commit else digest(self._model, self._model.config.to_json_string())
+        if commit:
+            return str(commit)
+        # As it was saved: the configuration in memory also tells the version of transformers that has read it.
+        return digest(self._model, Path(str(cached_file(self._source, "config.json"))).read_text(encoding="utf-8"))
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         # Neighbours in length share a batch, so that little is padding.

@@ -266,8 +266,15 @@ class Picture:
         return (pixels_Nchw / 255 - self._mean_c11) / self._std_c11
 
     def settings(self) -> dict[str, Any]:
-        """Height, resizing and cut, as JSON."""
-        return {"height": self.height, "resized": self._size, "crop": self._crop, "resample": self._resample}
+        """Height, resizing, cut and normalisation, as JSON."""
+        return {
+            "height": self.height,
+            "resized": self._size,
+            "crop": self._crop,
+            "resample": self._resample,
+            "mean": self._mean_c11.flatten().tolist(),
+            "std": self._std_c11.flatten().tolist(),
+        }
 
 
 def _chosen(shot_Nhw3: np.ndarray, frames: int) -> np.ndarray:
