@@ -30,8 +30,7 @@ class Film:
 
     def raw(self, modality: str) -> Tensor:
         """Base features as float32 [N, K * D], zeros where not valid."""
-        rows_ND = self.features[modality].float().flatten(1)
-        return rows_ND.masked_fill(~self.valid[modality][:, None], 0.0)
+        return seen_features(self.features[modality], self.valid[modality])
 
 
 @dataclass
@@ -184,3 +183,8 @@ class Scaling:
         """Centred and standardised base features [N, K * D], zeros where not valid."""
         rows_ND = (film.raw(modality) - self.mean[modality]) / self.std[modality]
         return rows_ND.masked_fill(~film.valid[modality][:, None], 0.0)
+
+
+def seen_features(features_NKD: Tensor, seen_N: Tensor) -> Tensor:
+    """Base features side by side [N, K * D] float32, zeros where not seen."""
+    return features_NKD.float().flatten(1).masked_fill(~seen_N[:, None], 0.0)

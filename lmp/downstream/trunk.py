@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lmp.data.index import FilmIndex
-from lmp.downstream.features import run_lengths, run_positions
+from lmp.downstream.features import run_lengths, run_positions, seen_features
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpModel
 
@@ -124,11 +124,6 @@ class Trunk:
                 rows["cross"] = output.cross.float().flatten(1)
         parts = {name: block.split(sizes) for name, block in rows.items()}
         return [{name: parts[name][n] for name in parts} for n in range(len(windows))]
-
-
-def seen_features(features_NKD: Tensor, seen_N: Tensor) -> Tensor:
-    """Base features side by side [N, K * D] float32, zeros where not seen."""
-    return features_NKD.float().flatten(1).masked_fill(~seen_N[:, None], 0.0)
 
 
 def load_trunk(source: Path, *, step: int | None = None, window_shots: int | None = None) -> Trunk:

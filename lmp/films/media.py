@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmp.errors import UserError
+from lmp.films.encoders.base import SAMPLE_RATE
 from lmp.films.shots import DETECTION_HEIGHT, CutFinder
 
-SAMPLE_RATE = 16000
 _POOL = 4  # frames kept for each frame wanted
 _SOUND_SLACK = SAMPLE_RATE // 10  # time stamps may stray this much before they count as a gap
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
 Kind = Literal["picture", "sound", "words"]
+SAMPLE_RATE = 16_000
+"""Of all sound, in Hz."""
 
 
 class Encoder(Protocol):
@@ -51,3 +54,8 @@ class Encoder(Protocol):
     def describe(self) -> dict[str, Any]:
         """Name, version, tokens, width and sampling, as JSON for the manifest of the shards."""
         ...
+
+
+def spread(shot_Nhw3: np.ndarray, frames: int) -> np.ndarray:
+    """So many frames of a shot, evenly spread; one that has fewer repeats some of them."""
+    return shot_Nhw3[np.linspace(0, len(shot_Nhw3) - 1, frames).round().astype(int)]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmp.films.encoders.base import Kind
+from lmp.films.encoders.base import Kind, spread
 from lmp.films.encoders.weights import digest, fill, load_weights
 
 WIDTH = 512
@@ -183,6 +183,4 @@ class R2Plus1DEncoder:
         }
 
     def _part(self, shot_Nhw3: np.ndarray, part: int) -> Tensor:
-        # A shot of fewer frames than wanted repeats some of them.
-        chosen = np.linspace(0, len(shot_Nhw3) - 1, self.frames).round().astype(int)
-        return preprocess(shot_Nhw3[chosen[part * self._clip : (part + 1) * self._clip]])
+        return preprocess(spread(shot_Nhw3, self.frames)[part * self._clip : (part + 1) * self._clip])

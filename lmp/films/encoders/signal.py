@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmp.films.encoders.base import Kind
+from lmp.films.encoders.base import SAMPLE_RATE, Kind
 
 Array = NDArray[np.float32]
 
-SAMPLE_RATE = 16_000
 ROWS, COLUMNS = 2, 3
 HUES, SATURATIONS, VALUES, EDGES = 8, 4, 6, 6
 BANDS = 64

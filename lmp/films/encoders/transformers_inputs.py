@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmp.errors import UserError
+from lmp.films.encoders.base import SAMPLE_RATE, spread
 
-SAMPLE_RATE = 16_000
 LONGEST_SOUND_S = 30
 FRAMES_OF_A_TOKEN = 4  # shown to a model of single pictures, unless told
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -192,7 +192,7 @@ class Clips(Input):
         self._extra = {"skip_predictor": True} if "skip_predictor" in arguments else {}
 
     def __call__(self, pieces: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        pixels_BNchw = torch.stack([self._picture(_chosen(shot, self.frames)) for shot in pieces])
+        pixels_BNchw = torch.stack([self._picture(spread(shot, self.frames)) for shot in pieces])
         inputs = {self._name: pixels_BNchw.to(self.model.device), **self._extra}
         hidden_BTD = self.model(**inputs).last_hidden_state
         return hidden_BTD, hidden_BTD.new_ones(hidden_BTD.shape[:2])
@@ -213,7 +213,7 @@ class Frames(Input):
         self.frames, self.height = frames, self._picture.height
 
     def __call__(self, pieces: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        pixels_BNchw = torch.stack([self._picture(_chosen(shot, self.frames)) for shot in pieces])
+        pixels_BNchw = torch.stack([self._picture(spread(shot, self.frames)) for shot in pieces])
         pixels_Mchw = pixels_BNchw.flatten(0, 1).to(self.model.device)
         told = self._whole(pixel_values=pixels_Mchw) if self._whole else self.model(pixel_values=pixels_Mchw)
         hidden_BND = _pooled(told).unflatten(0, (len(pieces), self.frames))
@@ -275,11 +275,6 @@ class Picture:
             "mean": self._mean_c11.flatten().tolist(),
             "std": self._std_c11.flatten().tolist(),
         }
-
-
-def _chosen(shot_Nhw3: np.ndarray, frames: int) -> np.ndarray:
-    # A shot of fewer frames than wanted repeats some of them.
-    return shot_Nhw3[np.linspace(0, len(shot_Nhw3) - 1, frames).round().astype(int)]
 
 
 def _pooled(told: Any) -> Tensor:

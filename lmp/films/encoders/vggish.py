@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lmp.errors import UserError
-from lmp.films.encoders.base import Kind
+from lmp.films.encoders.base import SAMPLE_RATE, Kind
 from lmp.films.encoders.weights import digest, fill, load_weights
 
-SAMPLE_RATE = 16_000
 WIDTH = 128
 WINDOW, HOP, FFT = 400, 160, 512
 BANDS, LOWEST_HZ, HIGHEST_HZ = 64, 125.0, 7500.0
