@@ -46,31 +46,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lmp", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    ingest = commands.add_parser("ingest", help="films become shards of features")
-    ingest.add_argument("films", nargs="+", type=Path, metavar="FILM", help="film files, or folders of them")
-    ingest.add_argument("--out", type=Path, required=True, metavar="SHARDS")
-    ingest.add_argument(
-        "--encoder",
-        action="append",
-        default=[],
-        metavar="NAME=SPEC",
-        help="modality and its encoders: video=signal, text=/folder/of/a/model, audio=vggish:FILE+wav2vec2:FOLDER",
-    )
-    ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
-    ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
-    ingest.add_argument(
-        "--leave-out", action="append", default=[], type=Path, metavar="FILE", help="ids of films to refuse, one a line"
-    )
-    ingest.add_argument("--workers", type=int, default=1)
-    ingest.add_argument("--device", default="cpu", help="where the networks run, such as cuda")
-    ingest.add_argument("--overwrite", action="store_true")
-    ingest.set_defaults(run=_ingest)
-
     from lmp.data import commands as data
     from lmp.downstream import commands as downstream
+    from lmp.films import commands as films
     from lmp.scaling import commands as bench
     from lmp.scaling import parity, plan_command
 
+    films.register(commands)
     shards = commands.add_parser("data", help="shards").add_subparsers(dest="what", required=True)
     data.register(shards)
     replay = shards.add_parser("replay", help="what a step of a run showed: films, shots, tensors, masks")
@@ -123,41 +105,6 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
     demo.set_defaults(run=_demo)
     return top
-
-
-def _ingest(arguments: argparse.Namespace) -> int:
-    from lmp.data.leave_out import LeaveOut
-
-    try:
-        from lmp.films.ingest import expand, ingest
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed", remedy="pip install 'lmp[films]'") from error
-
-    encoders = {}
-    for spec in arguments.encoder or ["video=signal", "audio=signal", "text=signal"]:
-        name, equals, value = spec.partition("=")
-        if not (equals and name and value):
-            raise UserError(f"--encoder {spec}: is not NAME=SPEC", remedy="write for example --encoder video=signal")
-        encoders[name] = value
-    report = ingest(
-        expand(arguments.films),
-        arguments.out,
-        encoders=encoders,
-        shot_lists=arguments.shots,
-        subtitles=arguments.subtitles,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-        leave_out=LeaveOut.read(arguments.leave_out),
-        device=arguments.device,
-    )
-    for film in report.refused:
-        print(f"refused {film}: it is on the list of films to leave out")
-    print(f"{report.films} films, {report.shots} shots" + (f" -> {arguments.out}" if report.films else ""))
-    for name, counts in sorted(report.quality.items()):
-        print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
-    for film, problem, remedy in report.failures:
-        print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
-    return EXIT_USER if report.failures else EXIT_DONE
 
 
 def _replay(arguments: argparse.Namespace) -> int:

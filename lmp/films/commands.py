@@ -1,0 +1,77 @@
+"""`lmp ingest`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmp.errors import EXIT_DONE, EXIT_USER, UserError
+
+
+def register(commands: Any) -> None:
+    """Add `lmp ingest` to the subparsers of `lmp`."""
+    ingest = commands.add_parser("ingest", help="films become shards of features")
+    ingest.add_argument("films", nargs="+", type=Path, metavar="FILM", help="film files, or folders of them")
+    ingest.add_argument("--out", type=Path, required=True, metavar="SHARDS")
+    ingest.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=SPEC",
+        help="modality and its encoders: video=signal, text=/folder/of/a/model, audio=vggish:FILE+wav2vec2:FOLDER",
+    )
+    ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
+    ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
+    ingest.add_argument(
+        "--leave-out", action="append", default=[], type=Path, metavar="FILE", help="ids of films to refuse, one a line"
+    )
+    ingest.add_argument("--workers", type=int, default=1)
+    ingest.add_argument("--device", default="cpu", help="where the networks run, such as cuda")
+    ingest.add_argument("--overwrite", action="store_true")
+    ingest.set_defaults(run=_ingest)
+
+
+def encoders_of(specs: list[str]) -> dict[str, str]:
+    """Modality -> base encoder, from the values of --encoder; the signal encoders where there are none.
+
+    Raises:
+        UserError: one that is not NAME=SPEC.
+    """
+    encoders = {}
+    for spec in specs or ["video=signal", "audio=signal", "text=signal"]:
+        name, equals, value = spec.partition("=")
+        if not (equals and name and value):
+            raise UserError(f"--encoder {spec}: is not NAME=SPEC", remedy="write for example --encoder video=signal")
+        encoders[name] = value
+    return encoders
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from lmp.data.leave_out import LeaveOut
+
+    try:
+        from lmp.films.ingest import expand, ingest
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed", remedy="pip install 'lmp[films]'") from error
+
+    report = ingest(
+        expand(arguments.films),
+        arguments.out,
+        encoders=encoders_of(arguments.encoder),
+        shot_lists=arguments.shots,
+        subtitles=arguments.subtitles,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        leave_out=LeaveOut.read(arguments.leave_out),
+        device=arguments.device,
+    )
+    for film in report.refused:
+        print(f"refused {film}: it is on the list of films to leave out")
+    print(f"{report.films} films, {report.shots} shots" + (f" -> {arguments.out}" if report.films else ""))
+    for name, counts in sorted(report.quality.items()):
+        print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+    for film, problem, remedy in report.failures:
+        print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
+    return EXIT_USER if report.failures else EXIT_DONE
