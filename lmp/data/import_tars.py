@@ -17,14 +17,13 @@ import torch
 from lmp.data.arrays import KINDS, read_array, to_stored
 from lmp.data.imports import ShotLists, Target, tracked
 from lmp.data.manifest import Manifest
-from lmp.data.record import KEY_PATTERN, FilmRecord
+from lmp.data.record import KEY_PATTERN, WRITER_FIELDS, FilmRecord
 from lmp.data.shards import ShardWriter
 from lmp.data.tar import Sample, Tar
 from lmp.errors import UserError
 
 FILM_PATTERN = r"(?P<film>.+)_(?P<shot>\d+)"
 _TIMES = ("start_ms", "end_ms", "start", "end")
-_WRITERS_OWN = ("key", "cleared", "shots", "modalities", "encoders")  # the writer puts these into KEY.json
 
 
 class Feature(NamedTuple):
@@ -209,7 +208,7 @@ def _widths(paths: Sequence[Path], features: Mapping[str, Feature]) -> dict[str,
     )
 
 
-def _read(tar: Tar, sample: Sample, name: str, feature: Feature, path: Path) -> torch.Tensor | None:
+def _read(tar: Tar, sample: Sample, name: str, feature: Feature, path: Path | str) -> torch.Tensor | None:
     """[K, D]; None if the sample has no such member."""
     member = sample.members.get(feature.extension)
     if member is None:
@@ -339,7 +338,7 @@ def _common(infos: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: value
         for name, value in infos[0].items()
-        if name not in (*_TIMES, *_WRITERS_OWN) and all(name in i and i[name] == value for i in infos)
+        if name not in (*_TIMES, *WRITER_FIELDS) and all(name in i and i[name] == value for i in infos)
     }
 
 

@@ -185,7 +185,7 @@ class _Build:
         film = _read_film(tar, sample)
         if film.key in self._place:
             raise UserError(f"{film.where}: is in {self._place[film.key]} too", remedy="give every film once")
-        self._place[film.key] = tar.path.name
+        self._place[film.key] = Path(tar.path).name
         if not self._modalities:
             place = {name: n for n, name in enumerate(self._order)}
             names = sorted(film.modalities, key=lambda name: (place.get(name, len(place)), name))

@@ -17,6 +17,8 @@ from lmp.errors import UserError
 # No dot, for webdataset cuts keys there; at most 80, so that KEY.safetensors fits a ustar header.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+WRITER_FIELDS = ("key", "shots", "modalities", "encoders", "cleared")
+"""What the writer of shards puts into KEY.json itself."""
 _EXPONENTS = {
     torch.float16: (torch.int16, np.int16(0x7C00)),
     torch.bfloat16: (torch.int16, np.int16(0x7F80)),

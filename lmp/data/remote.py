@@ -26,6 +26,9 @@ _THREADS = 16
 _CONNECTIONS = 64  # botocore's own default of 10 holds back the reading of many small files
 _PIECE = 1 << 23
 
+# What fsspec's file systems call the facts of a file that differ once it was written anew.
+_CHANGING = ("size", "ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Digest", "Last-Modified", "mtime", "created")
+
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 _ACCESS = {
     "s3": "check the address, and set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a public bucket "
@@ -83,6 +86,22 @@ class RemoteFiles:
         """See Files.sizes; one listing for a folder of which many files are asked for."""
         return self._ask(paths, self._sizes)
 
+    def version(self, path: str) -> list[str] | None:
+        """What changes with a file's content, as far as its store tells: size, etag, checksum, time; None: no file.
+
+        Raises:
+            UserError: the storage does not answer, or refuses.
+        """
+        return self._ask([path], lambda some: self._each(self._version, some))[0]
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies in a folder, sorted; none where there is no such folder.
+
+        Raises:
+            UserError: the storage does not answer, or refuses.
+        """
+        return self._ask([folder], lambda some: self._each(self._names, some))[0] or []
+
     def open(self, path: str) -> BinaryIO:
         """See Files.open."""
         try:
@@ -127,6 +146,15 @@ class RemoteFiles:
         if size is None:
             raise ValueError("the server does not tell the file's size")
         return size
+
+    def _version(self, path: str) -> list[str]:
+        self.file_system.invalidate_cache(path)
+        facts = self.file_system.info(path)
+        return [f"{name} {facts[name]}" for name in _CHANGING if facts.get(name) is not None]
+
+    def _names(self, folder: str) -> list[str]:
+        self.file_system.invalidate_cache(folder)
+        return sorted(found.rstrip("/").rpartition("/")[2] for found in self.file_system.ls(folder, detail=False))
 
     def _each(self, ask: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Of each its answer, or the exception."""

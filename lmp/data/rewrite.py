@@ -16,7 +16,7 @@ from typing import Any
 from lmp.data.index import REPAIR, FilmIndex
 from lmp.data.manifest import Manifest
 from lmp.data.publish import lock_folder
-from lmp.data.record import KEY_PATTERN, FilmRecord
+from lmp.data.record import KEY_PATTERN, WRITER_FIELDS, FilmRecord
 from lmp.data.shards import ShardWriter
 from lmp.data.storage import is_url
 from lmp.data.verify import ReadFilm, read_film
@@ -27,7 +27,6 @@ Progress = Callable[[int], None]
 _AHEAD = 4  # films in memory
 _THREADS = 4
 _FILMS_PER_SHARD = 64
-_WRITER_FIELDS = ("key", "shots", "modalities", "encoders", "cleared")
 
 
 def reshard(
@@ -247,7 +246,7 @@ def _record(index: FilmIndex, film: int, read: ReadFilm, encoders: dict[str, dic
     cleared = read.info.get("cleared") if index.checked(film) else None
     return FilmRecord(
         key=index.keys[film],
-        info={name: value for name, value in read.info.items() if name not in _WRITER_FIELDS},
+        info={name: value for name, value in read.info.items() if name not in WRITER_FIELDS},
         shots_S2=read.rows.shots_N2.numpy(),
         features=read.rows.features,
         valid=read.rows.valid,

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from lmp.data.storage import Files, Range, ReadError, files_at, is_url
 from lmp.errors import UserError
 
 _BLOCK = 512
+_AHEAD = 1 << 16  # bytes asked of a URL at once: headers and small members lie close to each other
 _MOST_ZEROS = 2 * tarfile.RECORDSIZE  # the end marker, and zeros up to a full record
 _MOST_META = 1 << 20  # bytes of a PAX header or a long name
 _GZIP = b"\x1f\x8b"
@@ -38,19 +40,29 @@ class Sample(NamedTuple):
 
 
 class Tar:
-    """A local tar, open for reading; a context manager. Understands ustar, PAX and GNU long names.
+    """A tar, a local path or a URL, open for reading; a context manager. Understands ustar, PAX and GNU long names.
 
     Raises:
         UserError: the file is not there or empty.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"{path} cannot be opened: {error.strerror}", remedy="give a tar that is there") from error
-        self.size = os.fstat(self._descriptor).st_size
+        self._files: Files | None = None
+        self._piece, self._piece_at = bytearray(), 0
+        if is_url(path):
+            self._files = files_at(str(path))
+            (size,) = self._files.sizes([str(path)])
+            if size is None:
+                raise UserError(f"{path} is not there", remedy="give a tar that is there")
+            self.size = size
+        else:
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                remedy = "give a tar that is there"
+                raise UserError(f"{path} cannot be opened: {error.strerror}", remedy=remedy) from error
+            self.size = os.fstat(self._descriptor).st_size
         if self.size == 0:
             self.close()
             raise UserError(f"{path} is an empty file", remedy=AGAIN)
@@ -65,7 +77,8 @@ class Tar:
 
     def close(self) -> None:
         """Close the file; once."""
-        os.close(self._descriptor)
+        if self._files is None:
+            os.close(self._descriptor)
 
     def read(self, offset: int, size: int) -> bytearray:
         """Bytes [offset, offset + size).
@@ -73,6 +86,8 @@ class Tar:
         Raises:
             UserError: the file ends before, or cannot be read.
         """
+        if self._files is not None:
+            return self._read_remote(self._files, offset, size)
         buffer = bytearray(size)
         view, done = memoryview(buffer), 0
         while done < size:
@@ -84,6 +99,18 @@ class Tar:
                 raise UserError(f"{self.path} ends before byte {offset + size}", remedy=AGAIN)
             done += got
         return buffer
+
+    def _read_remote(self, files: Files, offset: int, size: int) -> bytearray:
+        if offset + size > self.size:
+            raise UserError(f"{self.path} ends before byte {offset + size}", remedy=AGAIN)
+        if not self._piece_at <= offset <= offset + size <= self._piece_at + len(self._piece):
+            piece = bytearray(min(max(size, _AHEAD), self.size - offset))
+            try:
+                files.read([Range(str(self.path), offset, memoryview(piece))])
+            except ReadError as error:
+                raise UserError(f"{self.path} cannot be read: {error.problem}", remedy=error.remedy or AGAIN) from error
+            self._piece, self._piece_at = piece, offset
+        return self._piece[offset - self._piece_at :][:size]
 
     def members(self) -> Iterator[Member]:
         """All regular files, in order; reads their headers only.
