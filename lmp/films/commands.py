@@ -23,6 +23,13 @@ def register(commands: Any) -> None:
         help="modality and its encoders: video=signal, text=/folder/of/a/model, audio=vggish:FILE+wav2vec2:FOLDER",
     )
     ingest.add_argument("--shots", type=Path, help="a shot list, or a folder with one per film")
+    ingest.add_argument(
+        "--detector",
+        metavar="SPEC",
+        help="what finds the shots: layout (default), adaptive, content, hash, hist, threshold, transnetv2:WEIGHTS; "
+        "with options: adaptive:adaptive_threshold=3.0",
+    )
+    ingest.add_argument("--min-shot", type=float, metavar="S", help="shots found that are shorter are merged (0.5)")
     ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
     ingest.add_argument(
         "--leave-out", action="append", default=[], type=Path, metavar="FILE", help="ids of films to refuse, one a line"
@@ -56,11 +63,16 @@ def _ingest(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed", remedy="pip install 'lmp[films]'") from error
 
+    finding = {"detector": arguments.detector, "min_shot_s": arguments.min_shot}
+    finding = {name: value for name, value in finding.items() if value is not None}
+    if arguments.shots is not None and finding:
+        raise UserError("--shots gives the shots, --detector and --min-shot find them", remedy="leave one of them out")
     report = ingest(
         expand(arguments.films),
         arguments.out,
         encoders=encoders_of(arguments.encoder),
         shot_lists=arguments.shots,
+        **finding,
         subtitles=arguments.subtitles,
         workers=arguments.workers,
         overwrite=arguments.overwrite,

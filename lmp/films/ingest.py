@@ -23,8 +23,10 @@ from lmp.data.leave_out import LeaveOut
 from lmp.data.shards import FilmRecord, ShardWriter
 from lmp.errors import UserError
 from lmp.films import kept
+from lmp.films.cuts import MIN_SHOT_S, ShotFinder
+from lmp.films.detectors import DEFAULT, build_finder
 from lmp.films.encoders import Encoder, build_encoders, describe
-from lmp.films.media import Sampling, ShotPictures, probe, read_pictures, read_sound
+from lmp.films.media import Sampling, probe, read_pictures, read_sound
 from lmp.films.shots import find_shot_list, read_shot_list
 from lmp.films.subtitles import find_subtitles, read_subtitles, words_of_shots
 
@@ -135,6 +137,8 @@ def ingest(
     *,
     encoders: Mapping[str, str],
     shot_lists: Path | None = None,
+    detector: str = DEFAULT,
+    min_shot_s: float = MIN_SHOT_S,
     subtitles: Path | None = None,
     workers: int = 1,
     films_per_shard: int = 64,
@@ -156,6 +160,8 @@ def ingest(
         encoders: modality -> base encoder, such as {"video": "signal", "text": "/models/bart"}.
         shot_lists: folder with one list per film (see `find_shot_list`), or the list of the only film;
             None finds the shots.
+        detector: what finds them, see `build_finder`.
+        min_shot_s: shots that are found and shorter than so many seconds are merged, see `ShotStarts`.
         subtitles: folder with STEM.srt, .vtt or .ass; None looks beside each film. A film may have none.
         workers: processes, each with one thread of computation and its own networks; with 1 the work is
             done in this one.
@@ -173,16 +179,19 @@ def ingest(
     for film in expand(films):
         refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
         (report.refused if refused else wanted).append(film)
+    specs = _Specs(dict(encoders), device, None if shot_lists is not None else detector, min_shot_s)
     # With several workers these only describe; each worker builds its own.
-    built = build_encoders(encoders, device=device if workers == 1 else "cpu")
-    described = {name: describe(parts) for name, parts in built.items()}
+    built = _build(specs if workers == 1 else specs._replace(device="cpu"))
+    described = {name: describe(parts) for name, parts in built.encoders.items()}
     kept_films = out / kept.FOLDER
-    jobs = _jobs(wanted, shot_lists, subtitles, workers, kept_films, {**described, "device": device})
+    found_by = None if built.finder is None else built.finder.describe()
+    settings = {**described, "device": device, "shots": found_by}
+    jobs = _jobs(wanted, shot_lists, subtitles, workers, kept_films, settings)
     writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
     try:
         with Progress(disable=not progress) as bar:
             task = bar.add_task("reading films", total=len(jobs))
-            for job, done in _results(jobs, built, _Specs(dict(encoders), device), workers):
+            for job, done in _results(jobs, built, specs, workers):
                 _write(writer, job, done, report)
                 bar.advance(task)
         if report.films:
@@ -237,26 +246,43 @@ def _write(writer: ShardWriter, job: _Job, done: _Done, report: IngestReport) ->
 
 
 class _Specs(NamedTuple):
-    """What a worker builds its encoders from."""
+    """What a worker builds its tools from; no detector where shots are given."""
 
     encoders: dict[str, str]
     device: str
+    detector: str | None
+    min_shot_s: float
 
 
 Encoders = Mapping[str, Sequence[Encoder]]  # by modality; the features of several are joined
 
-_encoders: dict[str, Sequence[Encoder]] = {}  # of a worker process, built once
+
+class _Tools(NamedTuple):
+    """What films are read with; no finder where shots are given."""
+
+    encoders: Encoders
+    finder: ShotFinder | None
+
+
+_tools: list[_Tools] = []  # of a worker process, built once
+
+
+def _build(specs: _Specs) -> _Tools:
+    finder = None
+    if specs.detector is not None:
+        finder = build_finder(specs.detector, min_shot_s=specs.min_shot_s, device=specs.device)
+    return _Tools(build_encoders(specs.encoders, device=specs.device), finder)
 
 
 def _start_worker(specs: _Specs) -> None:
-    _encoders.update(build_encoders(specs.encoders, device=specs.device))
+    _tools[:] = [_build(specs)]
 
 
 def _work(job: _Job) -> _Done:
-    return _read_film(job, _encoders)
+    return _read_film(job, _tools[0])
 
 
-def _results(jobs: list[_Job], built: Encoders, specs: _Specs, workers: int) -> Iterator[tuple[_Job, _Done]]:
+def _results(jobs: list[_Job], built: _Tools, specs: _Specs, workers: int) -> Iterator[tuple[_Job, _Done]]:
     """Jobs and results in order of the jobs. A film that ends its process is found by reading it alone."""
     if workers == 1:
         for job in jobs:
@@ -303,32 +329,32 @@ def _pool(specs: _Specs, workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(specs,))
 
 
-def _read_film(job: _Job, encoders: Encoders) -> _Done:
+def _read_film(job: _Job, tools: _Tools) -> _Done:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums of several threads have other last bits
     try:
-        return _kept_film(job, encoders)
+        return _kept_film(job, tools)
     except UserError as error:
         return _Done(fault=(error.problem, error.remedy))
     finally:
         torch.set_num_threads(threads)
 
 
-def _kept_film(job: _Job, encoders: Encoders) -> _Done:
+def _kept_film(job: _Job, tools: _Tools) -> _Done:
     if not job.film.is_file():
         raise UserError(f"there is no film {job.film}", remedy="check the path")
     shot_list = None
     if job.shot_lists is not None:
         shot_list = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
     subtitles = None
-    if any(parts[0].kind == "words" for parts in encoders.values()):
+    if any(parts[0].kind == "words" for parts in tools.encoders.values()):
         subtitles = find_subtitles(job.film if job.subtitles is None else job.subtitles / job.film.name)
     sign = kept.signature(job.settings, [job.film, shot_list, subtitles])
     if (held := kept.load(job.kept, sign)) is not None:
         info, arrays = held
-        features = {name: arrays[f"features.{name}"] for name in encoders}
-        return _Done(info, arrays["shots"], features, {name: arrays[f"valid.{name}"] for name in encoders})
-    done = _encoded_film(job, encoders, shot_list, subtitles)
+        features = {name: arrays[f"features.{name}"] for name in tools.encoders}
+        return _Done(info, arrays["shots"], features, {name: arrays[f"valid.{name}"] for name in tools.encoders})
+    done = _encoded_film(job, tools, shot_list, subtitles)
     if done.shots_S2 is not None:
         arrays = {f"features.{name}": array for name, array in done.features.items()}
         arrays |= {f"valid.{name}": array for name, array in done.valid.items()}
@@ -336,16 +362,19 @@ def _kept_film(job: _Job, encoders: Encoders) -> _Done:
     return done
 
 
-def _encoded_film(job: _Job, encoders: Encoders, path: Path | None, subtitles: Path | None) -> _Done:
+def _encoded_film(job: _Job, tools: _Tools, path: Path | None, subtitles: Path | None) -> _Done:
     facts = probe(job.film)
-    given_S2, source = None, "detected"
+    shots: np.ndarray | ShotFinder
     if path is not None:
-        given_S2, source = read_shot_list(path, facts.fps, first_s=facts.first_s), path.name
+        shots, source = read_shot_list(path, facts.fps, first_s=facts.first_s), {"list": path.name}
+    else:
+        assert tools.finder is not None  # or there would be a list
+        shots, source = tools.finder, tools.finder.describe()
     # A broken subtitle file is found before the picture is decoded.
     spoken = None if subtitles is None else read_subtitles(subtitles)
-    outputs = {name: [_Output(encoder) for encoder in parts] for name, parts in encoders.items()}
-    shots_S2 = _encode_pictures(job, given_S2, outputs)
-    if given_S2 is None:
+    outputs = {name: [_Output(encoder) for encoder in parts] for name, parts in tools.encoders.items()}
+    shots_S2 = _encode_pictures(job, shots, outputs)
+    if isinstance(shots, ShotFinder):
         _check_whole(job.film, facts.duration_s, float(shots_S2[-1, 1]) / 1000)
     _encode_sound(job, shots_S2, outputs)
     for output in _of_kind(outputs, "words"):
@@ -440,15 +469,14 @@ def _of_kind(outputs: _Outputs, kind: str) -> list[_Output]:
     return [output for parts in outputs.values() for output in parts if output.encoder.kind == kind]
 
 
-def _encode_pictures(job: _Job, given_S2: np.ndarray | None, outputs: _Outputs) -> np.ndarray:
+def _encode_pictures(job: _Job, shots: np.ndarray | ShotFinder, outputs: _Outputs) -> np.ndarray:
     """The shots, int32 [S, 2] ms. A given list needs no decoding where nobody looks at the picture."""
     watching = _of_kind(outputs, "picture")
-    if given_S2 is not None and not watching:
-        return given_S2
+    if isinstance(shots, np.ndarray) and not watching:
+        return shots
     samplings = list(dict.fromkeys(output.sampling for output in watching))
     spans: list[tuple[int, int]] = []
-    shots: Iterator[ShotPictures] = read_pictures(job.film, samplings, shots_S2=given_S2, threads=job.threads)
-    for shot in shots:
+    for shot in read_pictures(job.film, samplings, shots=shots, threads=job.threads):
         spans.append((shot.start_ms, shot.end_ms))
         for output in watching:
             output.add(shot.samples[output.sampling])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lmp.errors import UserError
+from lmp.films.cuts import ShotFinder
 from lmp.films.encoders.base import SAMPLE_RATE
-from lmp.films.shots import DETECTION_HEIGHT, CutFinder
 
 _POOL = 4  # frames kept for each frame wanted
+_HELD = 256  # frames kept besides, as long as it is open which shot they belong to
 _SOUND_SLACK = SAMPLE_RATE // 10  # time stamps may stray this much before they count as a gap
 
 
@@ -80,24 +82,24 @@ def probe(path: Path) -> FilmFacts:
 
 
 def read_pictures(
-    path: Path, samplings: Sequence[Sampling], *, shots_S2: np.ndarray | None = None, threads: int = 0
+    path: Path, samplings: Sequence[Sampling], *, shots: np.ndarray | ShotFinder, threads: int = 0
 ) -> Iterator[ShotPictures]:
     """The shots of a film in order, in one decoding pass.
 
     Args:
         path: the film.
         samplings: which pictures to take of every shot.
-        shots_S2: int32 [S, 2] milliseconds, in order, not overlapping; None finds the shots.
+        shots: int32 [S, 2] milliseconds, in order, not overlapping; or what finds them.
         threads: of the decoder; 0 leaves it to FFmpeg.
 
     Raises:
         UserError: as `probe`; a film that cannot be decoded; a given shot in which the film has no frame.
     """
     frames = _frames(path, threads)
-    if shots_S2 is None:
-        yield from _found_shots(frames, samplings)
+    if isinstance(shots, np.ndarray):
+        yield from _given_shots(path, frames, samplings, shots)
     else:
-        yield from _given_shots(path, frames, samplings, shots_S2)
+        yield from _found_shots(frames, samplings, shots)
 
 
 def read_sound(path: Path, shots_S2: np.ndarray) -> Iterator[np.ndarray]:
@@ -137,16 +139,16 @@ class _Scaler:
     def __init__(self, width: int, height: int) -> None:
         self._width, self._height = width, height
         # One each: it is setting a scaler up that costs, and it is set up anew when the size changes.
-        self._scalers: dict[tuple[int, str], Any] = {}
+        self._scalers: dict[tuple[int, int | None, str], Any] = {}
 
-    def scale(self, frame: Any, height: int, pixels: str) -> np.ndarray:
+    def scale(self, frame: Any, height: int, width: int | None, pixels: str) -> np.ndarray:
         """uint8 [height, width, 3], turned as the film is to be shown."""
         from av.video.reformatter import VideoReformatter
 
-        scaler = self._scalers.setdefault((height, pixels), VideoReformatter())
+        scaler = self._scalers.setdefault((height, width, pixels), VideoReformatter())
         turns = round(frame.rotation / 90) % 4  # quarters, against the clock
         wide, high = (self._height, self._width) if turns % 2 else (self._width, self._height)
-        width = max(2, round(wide * height / high / 2) * 2)
+        width = width or max(2, round(wide * height / high / 2) * 2)
         stored = (height, width) if turns % 2 else (width, height)
         scaled = scaler.reformat(frame, width=stored[0], height=stored[1], format=pixels).to_ndarray()
         return np.ascontiguousarray(np.rot90(scaled, turns)) if turns else scaled
@@ -158,47 +160,67 @@ class _Frame:
     def __init__(self, frame: Any, time_ms: float, end_ms: float, scaler: _Scaler) -> None:
         self.time_ms, self.end_ms = time_ms, end_ms
         self._frame, self._scaler = frame, scaler
-        self._scaled: dict[tuple[int, str], np.ndarray] = {}
+        self._scaled: dict[tuple[int, int | None, str], np.ndarray] = {}
 
-    def scaled(self, height: int, pixels: str = "rgb24") -> np.ndarray:
-        """uint8 [height, width, 3]."""
-        if (height, pixels) not in self._scaled:
-            self._scaled[height, pixels] = self._scaler.scale(self._frame, height, pixels)
-        return self._scaled[height, pixels]
+    def scaled(self, height: int, width: int | None = None, pixels: str = "rgb24") -> np.ndarray:
+        """uint8 [height, width, 3]; the width follows from the height if it is not given."""
+        size = (height, width, pixels)
+        if size not in self._scaled:
+            self._scaled[size] = self._scaler.scale(self._frame, *size)
+        return self._scaled[size]
+
+
+class _Kept(NamedTuple):
+    """A frame of a pool: which one of the shot, when it is shown, the picture."""
+
+    number: int
+    time_ms: float
+    picture: np.ndarray
 
 
 class _Pool:
-    """A few frames of a growing shot, for one sampling: thinned by half whenever there are too many."""
+    """A few frames of a growing shot, for one sampling: every frame, every second, every fourth, as it grows.
+
+    All frames are kept from the time on at which another shot may turn out to have begun, up to a number.
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._times: list[float] = []
-        self._pictures: list[np.ndarray] = []
+        self._kept: list[_Kept] = []
         self._stride, self._count = 1, 0
 
-    def add(self, frame: _Frame) -> None:
-        if self._count % self._stride == 0:
-            self._times.append(frame.time_ms)
-            self._pictures.append(frame.scaled(self._sampling.height))
-            self._thin()
+    def add(self, frame: _Frame, open_ms: float) -> None:
+        if self._count % self._stride == 0 or frame.time_ms >= open_ms:
+            self._kept.append(_Kept(self._count, frame.time_ms, frame.scaled(self._sampling.height)))
         self._count += 1
+        room = _POOL * self._sampling.frames
+        if len(self._kept) > room:
+            self._thin(room, open_ms)
 
-    def absorb(self, later: _Pool) -> None:
-        self._times += later._times
-        self._pictures += later._pictures
-        self._count += later._count
-        self._thin()
+    def split(self, at_ms: float) -> _Pool:
+        """Give the frames from this time on to a pool of their own."""
+        later = _Pool(self._sampling)
+        first = bisect_left(self._kept, at_ms, key=lambda kept: kept.time_ms)
+        # A shot always has a picture; one that was told very late may get that of a neighbour.
+        moved = self._kept[first:] or self._kept[-1:]
+        later._kept = [kept._replace(number=kept.number - moved[0].number) for kept in moved]
+        later._count = self._count - moved[0].number
+        self._kept = self._kept[:first] or self._kept[:1]
+        return later
 
     def sample(self, start_ms: float, end_ms: float) -> np.ndarray:
         """uint8 [frames, height, width, 3]: what is seen in the middle of each of `frames` equal parts."""
-        frames = self._sampling.frames
+        frames, times = self._sampling.frames, [kept.time_ms for kept in self._kept]
         moments = [start_ms + (i + 0.5) / frames * (end_ms - start_ms) for i in range(frames)]
-        return np.stack([self._pictures[max(bisect_right(self._times, t) - 1, 0)] for t in moments])
+        return np.stack([self._kept[max(bisect_right(times, t) - 1, 0)].picture for t in moments])
 
-    def _thin(self) -> None:
-        while len(self._times) > _POOL * self._sampling.frames:
-            self._times, self._pictures = self._times[::2], self._pictures[::2]
+    def _thin(self, room: int, open_ms: float) -> None:
+        if len(self._kept) > room + _HELD:
+            open_ms = inf
+        certain = [kept.number for kept in self._kept if kept.time_ms < open_ms]
+        while sum(number % self._stride == 0 for number in certain) > room:
             self._stride *= 2
+        self._kept = [kept for kept in self._kept if kept.number % self._stride == 0 or kept.time_ms >= open_ms]
 
 
 class _Shot:
@@ -207,49 +229,47 @@ class _Shot:
     def __init__(self, samplings: Sequence[Sampling], start_ms: float) -> None:
         self.start_ms = start_ms
         self.frames = 0
-        self._pools = {sampling: _Pool(sampling) for sampling in samplings}
+        self._pools = [_Pool(sampling) for sampling in samplings]
+        self._samplings = samplings
 
-    def add(self, frame: _Frame) -> None:
+    def add(self, frame: _Frame, *, open_ms: float = inf) -> None:
+        """One more frame; from `open_ms` on another shot may turn out to have begun."""
         self.frames += 1
-        for pool in self._pools.values():
-            pool.add(frame)
+        for pool in self._pools:
+            pool.add(frame, open_ms)
 
-    def absorb(self, later: _Shot) -> None:
-        self.frames += later.frames
-        for sampling, pool in self._pools.items():
-            pool.absorb(later._pools[sampling])
+    def split(self, at_ms: float) -> _Shot:
+        """The shot that began at this time."""
+        later = _Shot(self._samplings, at_ms)
+        later._pools = [pool.split(at_ms) for pool in self._pools]
+        return later
 
     def finish(self, end_ms: float) -> ShotPictures:
-        samples = {s: pool.sample(self.start_ms, end_ms) for s, pool in self._pools.items()}
+        pairs = zip(self._samplings, self._pools, strict=True)
+        samples = {sampling: pool.sample(self.start_ms, end_ms) for sampling, pool in pairs}
         start = max(round(self.start_ms), 0)
         return ShotPictures(start, max(round(end_ms), start + 1), samples)
 
 
-def _found_shots(frames: Iterator[_Frame], samplings: Sequence[Sampling]) -> Iterator[ShotPictures]:
-    """`ahead` holds the frames since a candidate cut, until it settles or gives way to a stronger one."""
-    finder = CutFinder()
+def _found_shots(frames: Iterator[_Frame], samplings: Sequence[Sampling], finder: ShotFinder) -> Iterator[ShotPictures]:
+    starts = finder.start()
     shot: _Shot | None = None
-    ahead: _Shot | None = None
     end_ms = 0.0
     for frame in frames:
-        verdict = finder.feed(frame.time_ms, frame.scaled(DETECTION_HEIGHT, "bgr24"))
+        begun = starts.feed(frame.time_ms, frame.scaled(*finder.detector.look))
         shot = shot or _Shot(samplings, frame.time_ms)
-        if verdict.settled and ahead is not None:
-            yield shot.finish(ahead.start_ms)
-            shot, ahead = ahead, None
-        if verdict.candidate:
-            if ahead is not None:
-                shot.absorb(ahead)
-            ahead = _Shot(samplings, frame.time_ms)
-        (ahead or shot).add(frame)
+        shot.add(frame, open_ms=min([starts.undecided_ms, *begun]))
+        for start_ms in begun:
+            later = shot.split(start_ms)
+            yield shot.finish(start_ms)
+            shot = later
         end_ms = frame.end_ms
     if shot is None:
         return
-    if ahead is not None and finder.ends_apart(end_ms):
-        yield shot.finish(ahead.start_ms)
-        shot = ahead
-    elif ahead is not None:
-        shot.absorb(ahead)
+    for start_ms in starts.finish(end_ms):
+        later = shot.split(start_ms)
+        yield shot.finish(start_ms)
+        shot = later
     yield shot.finish(end_ms)
 
 

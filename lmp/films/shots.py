@@ -1,4 +1,4 @@
-"""Where a film's shots begin and end: found in the picture, or read from a list."""
+"""Lists of where a film's shots begin and end."""
 
 from __future__ import annotations
 
@@ -6,99 +6,15 @@ import csv
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from lmp.errors import UserError
 
-MIN_SHOT_MS = 400
-DETECTION_HEIGHT = 72
-"""Pixels. Smaller pictures are faster, and hide the noise of single pixels from the detector."""
-_CHANGE, _JUMP = 8.0, 2.5  # how much a cut changes, at least; and as a multiple of what came just before
-_COARSE = (12, 8)
-_FLAT = 8.0  # contrast below which pictures have no layout to compare
 _REMEDY = (
     "give lines of `start end` (seconds with a decimal point, or whole frames), "
     "a PySceneDetect CSV, a TransNetV2 .scenes.txt, or a CSV with clip_start and clip_end"
 )
-
-
-class Verdict(NamedTuple):
-    """What one more frame tells.
-
-    Attributes:
-        settled: the candidate cut that was open is now certain.
-        candidate: this frame opens a candidate, and replaces the one that was open and not settled.
-    """
-
-    settled: bool
-    candidate: bool
-
-
-class CutFinder:
-    """Finds cuts frame by frame: PySceneDetect's content score, times how much the layout changes.
-
-    The layout is the correlation of coarse grey pictures. A cut between two cameras of one place changes it
-    while the colours stay; a flash changes colours while it stays. Of cuts closer together than `min_shot_ms`
-    the strongest stays; none comes so close to the start or the end.
-    """
-
-    def __init__(self, *, min_shot_ms: int = MIN_SHOT_MS) -> None:
-        try:
-            from scenedetect.detectors import ContentDetector
-        except ImportError as error:
-            raise UserError("PySceneDetect is not installed", remedy="pip install 'lmp[films]'") from error
-        self._detector = ContentDetector(min_scene_len=0)
-        self._min_shot_ms = min_shot_ms
-        self._frames = 0
-        self._layout: np.ndarray | None = None
-        self._before = (0.0, 0.0)
-        self._shot_ms: float | None = None
-        self._open_ms: float | None = None
-        self._open_score = 0.0
-
-    def feed(self, time_ms: float, picture_HWC: np.ndarray) -> Verdict:
-        """One more frame.
-
-        Args:
-            time_ms: when it is shown; never before the frame fed last.
-            picture_HWC: uint8 [H, W, 3], blue first, the same size for the whole film.
-        """
-        if self._shot_ms is None:
-            self._shot_ms = time_ms
-        score = self._score(picture_HWC)
-        cut = score >= max(_CHANGE, _JUMP * sum(self._before) / 2)
-        self._before = (self._before[1], score)
-        settled = False
-        if self._open_ms is not None and time_ms - self._open_ms >= self._min_shot_ms:
-            settled, self._shot_ms, self._open_ms = True, self._open_ms, None
-        if self._open_ms is None:
-            candidate = cut and time_ms - self._shot_ms >= self._min_shot_ms
-        else:
-            candidate = cut and score > self._open_score
-        if candidate:
-            self._open_ms, self._open_score = time_ms, score
-        return Verdict(settled, candidate)
-
-    def _score(self, picture_HWC: np.ndarray) -> float:
-        import cv2
-        from scenedetect.common import FrameTimecode
-
-        # The detector only hands the time code back, so the rate does not matter.
-        self._detector.process_frame(FrameTimecode(self._frames, fps=25.0), picture_HWC)
-        self._frames += 1
-        coarse = cv2.resize(picture_HWC, _COARSE, interpolation=cv2.INTER_AREA)
-        layout = cv2.cvtColor(coarse, cv2.COLOR_BGR2GRAY).astype(np.float64).ravel()
-        layout -= layout.mean()
-        layout /= np.linalg.norm(layout) + _FLAT
-        likeness = 0.0 if self._layout is None else float(layout @ self._layout)
-        self._layout = layout
-        return float(self._detector._frame_score or 0.0) * (1 - likeness)
-
-    def ends_apart(self, end_ms: float) -> bool:
-        """Whether the candidate still open is a shot of its own, when the film ends at `end_ms`."""
-        return self._open_ms is not None and end_ms - self._open_ms >= self._min_shot_ms
 
 
 def find_shot_list(folder: Path, film: Path) -> Path:

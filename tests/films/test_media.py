@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 av = pytest.importorskip("av")
+pytest.importorskip("scenedetect")
 
 from lmp.errors import UserError  # noqa: E402
+from lmp.films.detectors import build_finder  # noqa: E402
 from lmp.films.media import SAMPLE_RATE, Sampling, probe, read_pictures, read_sound  # noqa: E402
 
 FPS = 10
@@ -57,7 +59,7 @@ def test_shots_and_pictures(film: Path) -> None:
     facts = probe(film)
     assert (facts.fps, facts.width, facts.height, facts.sound) == (FPS, 64, 32, True)
     few, many = Sampling(2, 16), Sampling(12, 32)
-    shots = list(read_pictures(film, [few, many]))
+    shots = list(read_pictures(film, [few, many], shots=build_finder()))
     assert [(s.start_ms, s.end_ms) for s in shots] == [(0, 1000), (1000, 2000), (2000, 3000)]
     for shot, level in zip(shots, LEVELS, strict=True):
         assert shot.samples[few].shape == (2, 16, 32, 3)
@@ -66,26 +68,26 @@ def test_shots_and_pictures(film: Path) -> None:
 
 
 def test_samples_are_spread_over_a_long_shot(film: Path) -> None:
-    (shot,) = read_pictures(film, [Sampling(3, 16)], shots_S2=np.array([[0, 3000]], np.int32))
+    (shot,) = read_pictures(film, [Sampling(3, 16)], shots=np.array([[0, 3000]], np.int32))
     assert greys(shot.samples[Sampling(3, 16)]) == pytest.approx(list(LEVELS), abs=6)
 
 
 def test_given_shots_may_leave_gaps(film: Path) -> None:
     given = np.array([[1000, 1500], [2500, 3000]], np.int32)
-    shots = list(read_pictures(film, [Sampling(1, 16)], shots_S2=given))
+    shots = list(read_pictures(film, [Sampling(1, 16)], shots=given))
     assert [[s.start_ms, s.end_ms] for s in shots] == given.tolist()
     assert [greys(s.samples[Sampling(1, 16)])[0] for s in shots] == pytest.approx([200, 90], abs=6)
 
 
 def test_a_list_beyond_the_film_is_refused(film: Path) -> None:
     with pytest.raises(UserError, match="shot 1 of its list"):
-        list(read_pictures(film, [], shots_S2=np.array([[0, 3000], [9000, 9500]], np.int32)))
+        list(read_pictures(film, [], shots=np.array([[0, 3000], [9000, 9500]], np.int32)))
 
 
 def test_variable_frame_rate_goes_by_time(tmp_path: Path) -> None:
     path = tmp_path / "vfr.mkv"
     write_film(path, [0, 5, *range(10, 20), 20, 27], sound=False)
-    assert [s.start_ms for s in read_pictures(path, [])] == [0, 1000, 2000]
+    assert [s.start_ms for s in read_pictures(path, [], shots=build_finder())] == [0, 1000, 2000]
 
 
 def test_the_clock_of_a_film_starts_at_zero(tmp_path: Path) -> None:
@@ -94,7 +96,11 @@ def test_the_clock_of_a_film_starts_at_zero(tmp_path: Path) -> None:
     facts = probe(late)
     assert facts.first_s == 0
     assert facts.duration_s == pytest.approx(3.0, abs=0.1)
-    assert [(s.start_ms, s.end_ms) for s in read_pictures(late, [])] == [(0, 1000), (1000, 2000), (2000, 3000)]
+    assert [(s.start_ms, s.end_ms) for s in read_pictures(late, [], shots=build_finder())] == [
+        (0, 1000),
+        (1000, 2000),
+        (2000, 3000),
+    ]
     (sound,) = read_sound(late, np.array([[1000, 2000]], np.int32))
     assert float(np.median(sound)) == pytest.approx(0.5, abs=0.01)
 

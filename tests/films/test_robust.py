@@ -65,7 +65,7 @@ def test_a_turned_film_is_turned_back(tmp_path: Path, matrix: tuple[int, ...], b
     a, b, c, d = (value << 16 for value in matrix)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    (shot,) = read_pictures(path, [Sampling(1, 48)], shots_S2=WHOLE)
+    (shot,) = read_pictures(path, [Sampling(1, 48)], shots=WHOLE)
     (picture,) = shot.samples[Sampling(1, 48)]
     assert picture.shape == ((48, 72, 3) if bright == "bottom" else (48, 32, 3))
     parts = {

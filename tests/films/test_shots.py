@@ -13,13 +13,14 @@ pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
 from lmp.errors import UserError
+from lmp.films.detectors import build_finder
 from lmp.films.media import read_pictures
-from lmp.films.shots import CutFinder, find_shot_list, read_shot_list
+from lmp.films.shots import find_shot_list, read_shot_list
 from lmp.films.synthetic import FilmSettings, make_films
 
 
 def cuts_of(film: Path, fps: float) -> list[int]:
-    return [round(shot.start_ms * fps / 1000) for shot in read_pictures(film, [])][1:]
+    return [round(shot.start_ms * fps / 1000) for shot in read_pictures(film, [], shots=build_finder())][1:]
 
 
 def score(found: list[int], true: list[int], tolerance: int) -> tuple[float, float]:
@@ -49,30 +50,6 @@ def test_synthetic_cuts_are_found(tmp_path: Path) -> None:
         precision, recall = score(cuts_of(film, settings.fps), true, 0)
         assert precision >= 0.97
         assert recall >= 0.97
-
-
-def test_a_new_layout_in_the_same_colours_is_a_cut_and_a_flash_is_none() -> None:
-    rng = np.random.default_rng(0)
-    one = rng.integers(60, 120, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-    other = one[:, ::-1]
-    flash = one + np.uint8(90)
-    finder, cuts = CutFinder(min_shot_ms=400), []
-    for number, picture in enumerate([one] * 20 + [other] * 20 + [one] * 20 + [flash] * 2 + [one] * 20):
-        if finder.feed(number * 40.0, picture).candidate:
-            cuts.append(number)
-    assert cuts == [20, 40]
-
-
-def test_the_strongest_of_close_cuts_stays() -> None:
-    levels = [20] * 20 + [90] * 2 + [250] * 20 + [20] * 2
-    finder, cuts, candidate = CutFinder(min_shot_ms=400), [], 0
-    for number, level in enumerate(levels):
-        verdict = finder.feed(number * 40.0, np.full((8, 8, 3), level, np.uint8))
-        if verdict.settled:
-            cuts.append(candidate)
-        candidate = number if verdict.candidate else candidate
-    assert cuts == [22]
-    assert candidate == 42 and not finder.ends_apart(44 * 40.0)
 
 
 @pytest.mark.parametrize(
