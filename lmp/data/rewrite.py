@@ -50,7 +50,7 @@ def reshard(
     films = list(range(len(index)))
     if shuffle is not None:
         films.sort(key=lambda film: _hash(shuffle, index.keys[film]))
-    encoders = _encoders(index)
+    encoders = encoders_of(index)
     with ShardWriter(_local(out), encoders=encoders, films_per_shard=films_per_shard) as writer:
         for film, record in _records(index, films, encoders):
             writer.write(record)
@@ -87,7 +87,7 @@ def split(
     part_of = {film: name for name, films in parts.items() for film in films}
     if len(part_of) != sum(map(len, parts.values())) or part_of.keys() != set(range(len(index))):
         raise ValueError("every film belongs to exactly one part")
-    encoders = _encoders(index)
+    encoders = encoders_of(index)
     with _Staged(_local(out)) as staging, ExitStack() as stack:
         writers = {
             name: stack.enter_context(
@@ -202,8 +202,12 @@ def _field(index: FilmIndex, field: str) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value, sort_keys=True) for value in values]
 
 
-def _encoders(index: FilmIndex) -> dict[str, dict[str, Any]]:
-    """The encoders of all folders."""
+def encoders_of(index: FilmIndex) -> dict[str, dict[str, Any]]:
+    """The encoders of all folders.
+
+    Raises:
+        UserError: they differ.
+    """
     first, encoders = index.folders[0], index.manifests[0]["encoders"]
     for folder, manifest in zip(index.folders[1:], index.manifests[1:], strict=True):
         found = manifest["encoders"]

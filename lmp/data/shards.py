@@ -77,7 +77,7 @@ class ShardWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{self._folder} is not a folder", remedy="give another folder") from error
-        if not overwrite and (old := _held_files(self._folder, prefix)):
+        if not overwrite and (old := held_files(self._folder, prefix)):
             raise UserError(
                 f"{self._folder} already holds {old[0].name}",
                 remedy="give an empty folder, or ask for overwriting",
@@ -140,7 +140,7 @@ class ShardWriter:
                 self._folder,
                 self._lock,
                 names=[name for s in self._shards for name in (s["name"], s["index"])],
-                old=_held_files(self._folder, self._prefix),
+                old=held_files(self._folder, self._prefix),
                 manifest=manifest,
             )
         except BaseException:
@@ -253,7 +253,7 @@ class _Shard:
         self._bytes += len(data)
 
 
-def _held_files(folder: Path, prefix: str) -> list[Path]:
+def held_files(folder: Path, prefix: str) -> list[Path]:
     """The manifest, what it lists, and whatever bears the names that a writer with `prefix` would use."""
     names = {p.name for p in folder.iterdir() if re.fullmatch(rf"{prefix}-\d{{6}}\.(tar|idx\.npz)", p.name)}
     if (folder / MANIFEST_NAME).exists():
