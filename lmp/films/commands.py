@@ -32,6 +32,9 @@ def register(commands: Any) -> None:
     ingest.add_argument("--min-shot", type=float, metavar="S", help="shots found that are shorter are merged (0.5)")
     ingest.add_argument("--subtitles", type=Path, help="a folder of subtitles (default: beside each film)")
     ingest.add_argument(
+        "--speech", metavar="SPEC", help="hears films without subtitles: whisper:FOLDER, whisper:FOLDER,language=en"
+    )
+    ingest.add_argument(
         "--leave-out", action="append", default=[], type=Path, metavar="FILE", help="ids of films to refuse, one a line"
     )
     ingest.add_argument("--workers", type=int, default=1)
@@ -74,6 +77,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         shot_lists=arguments.shots,
         **finding,
         subtitles=arguments.subtitles,
+        speech=arguments.speech,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
         leave_out=LeaveOut.read(arguments.leave_out),

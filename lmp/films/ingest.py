@@ -28,6 +28,7 @@ from lmp.films.detectors import DEFAULT, build_finder
 from lmp.films.encoders import Encoder, build_encoders, describe
 from lmp.films.media import Sampling, probe, read_pictures, read_sound
 from lmp.films.shots import find_shot_list, read_shot_list
+from lmp.films.speech import Whisper, build_speech, parts_of
 from lmp.films.subtitles import find_subtitles, read_subtitles, words_of_shots
 
 FILM_SUFFIXES = frozenset(
@@ -140,6 +141,7 @@ def ingest(
     detector: str = DEFAULT,
     min_shot_s: float = MIN_SHOT_S,
     subtitles: Path | None = None,
+    speech: str | None = None,
     workers: int = 1,
     films_per_shard: int = 64,
     overwrite: bool = False,
@@ -163,6 +165,7 @@ def ingest(
         detector: what finds them, see `build_finder`.
         min_shot_s: shots that are found and shorter than so many seconds are merged, see `ShotStarts`.
         subtitles: folder with STEM.srt, .vtt or .ass; None looks beside each film. A film may have none.
+        speech: what hears the words of a film without subtitles, see `build_speech`; None leaves it without.
         workers: processes, each with one thread of computation and its own networks; with 1 the work is
             done in this one.
         films_per_shard: films in a tar file.
@@ -179,13 +182,14 @@ def ingest(
     for film in expand(films):
         refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
         (report.refused if refused else wanted).append(film)
-    specs = _Specs(dict(encoders), device, None if shot_lists is not None else detector, min_shot_s)
+    specs = _Specs(dict(encoders), device, None if shot_lists is not None else detector, min_shot_s, speech)
     # With several workers these only describe; each worker builds its own.
     built = _build(specs if workers == 1 else specs._replace(device="cpu"))
     described = {name: describe(parts) for name, parts in built.encoders.items()}
     kept_films = out / kept.FOLDER
     found_by = None if built.finder is None else built.finder.describe()
-    settings = {**described, "device": device, "shots": found_by}
+    heard_by = None if built.speech is None else built.speech.describe()
+    settings = {**described, "device": device, "shots": found_by, "speech": heard_by}
     jobs = _jobs(wanted, shot_lists, subtitles, workers, kept_films, settings)
     writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
     try:
@@ -252,6 +256,7 @@ class _Specs(NamedTuple):
     device: str
     detector: str | None
     min_shot_s: float
+    speech: str | None
 
 
 Encoders = Mapping[str, Sequence[Encoder]]  # by modality; the features of several are joined
@@ -262,6 +267,7 @@ class _Tools(NamedTuple):
 
     encoders: Encoders
     finder: ShotFinder | None
+    speech: Whisper | None
 
 
 _tools: list[_Tools] = []  # of a worker process, built once
@@ -271,7 +277,11 @@ def _build(specs: _Specs) -> _Tools:
     finder = None
     if specs.detector is not None:
         finder = build_finder(specs.detector, min_shot_s=specs.min_shot_s, device=specs.device)
-    return _Tools(build_encoders(specs.encoders, device=specs.device), finder)
+    encoders = build_encoders(specs.encoders, device=specs.device)
+    speech = None if specs.speech is None else build_speech(specs.speech, device=specs.device)
+    if speech is not None and not any(parts[0].kind == "words" for parts in encoders.values()):
+        raise UserError(f"--speech {specs.speech}: no encoder takes words", remedy="add --encoder text=SPEC")
+    return _Tools(encoders, finder, speech)
 
 
 def _start_worker(specs: _Specs) -> None:
@@ -377,6 +387,8 @@ def _encoded_film(job: _Job, tools: _Tools, path: Path | None, subtitles: Path |
     if isinstance(shots, ShotFinder):
         _check_whole(job.film, facts.duration_s, float(shots_S2[-1, 1]) / 1000)
     _encode_sound(job, shots_S2, outputs)
+    if spoken is None and tools.speech is not None:
+        spoken = tools.speech.transcribe(read_sound(job.film, parts_of(int(shots_S2[-1, 1]))))
     for output in _of_kind(outputs, "words"):
         for words in words_of_shots(spoken, shots_S2):
             output.add(words)
@@ -387,9 +399,7 @@ def _encoded_film(job: _Job, tools: _Tools, path: Path | None, subtitles: Path |
         "fps": round(facts.fps, 6),
         "sound": facts.sound,
         "shots_from": source,
-        "subtitles": None
-        if spoken is None
-        else {"lines": len(spoken.lines), "dropped": spoken.dropped, "encoding": spoken.encoding},
+        "subtitles": None if spoken is None else spoken.record(),
         "quality": {},
     }
     features, valid = {}, {}

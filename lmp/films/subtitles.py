@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pysubs2
@@ -38,11 +40,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Subtitles:
-    """The lines of a film in order of time, how many were unusable, and the encoding they were read with."""
+    """The lines of a film in order of time.
+
+    Attributes:
+        lines: what is said.
+        dropped: how many were unusable.
+        encoding: of the file that they were read from, "" if there was none.
+        heard_by: the recogniser of speech that made them, as JSON; None where a file was read.
+    """
 
     lines: tuple[Line, ...]
     dropped: int
     encoding: str
+    heard_by: Mapping[str, Any] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For a film's record: how many lines, how many dropped, and where they come from."""
+        source = {"encoding": self.encoding} if self.heard_by is None else self.heard_by
+        return {"lines": len(self.lines), "dropped": self.dropped, **source}
 
 
 def read_subtitles(path: Path) -> Subtitles:
