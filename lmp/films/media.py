@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -61,6 +61,11 @@ class ShotPictures:
     end_ms: int
     samples: dict[Sampling, np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the pictures."""
+        return sum(pictures.nbytes for pictures in self.samples.values())
+
 
 def probe(path: Path) -> FilmFacts:
     """What a film holds, without decoding it.
@@ -83,7 +88,7 @@ def probe(path: Path) -> FilmFacts:
 
 def read_pictures(
     path: Path, samplings: Sequence[Sampling], *, shots: np.ndarray | ShotFinder, threads: int = 0
-) -> Iterator[ShotPictures]:
+) -> Generator[ShotPictures]:
     """The shots of a film in order, in one decoding pass.
 
     Args:
@@ -102,7 +107,7 @@ def read_pictures(
         yield from _found_shots(frames, samplings, shots)
 
 
-def read_sound(path: Path, shots_S2: np.ndarray) -> Iterator[np.ndarray]:
+def read_sound(path: Path, shots_S2: np.ndarray) -> Generator[np.ndarray]:
     """The sound of each shot: float32 [samples], mono, 16 kHz; empty where the film has none.
 
     Holds about one shot at a time.
@@ -150,7 +155,7 @@ class _Scaler:
         wide, high = (self._height, self._width) if turns % 2 else (self._width, self._height)
         width = width or max(2, round(wide * height / high / 2) * 2)
         stored = (height, width) if turns % 2 else (width, height)
-        scaled = scaler.reformat(frame, width=stored[0], height=stored[1], format=pixels).to_ndarray()
+        scaled = scaler.reformat(frame, width=stored[0], height=stored[1], format=pixels, threads=1).to_ndarray()
         return np.ascontiguousarray(np.rot90(scaled, turns)) if turns else scaled
 
 

@@ -18,6 +18,7 @@ from lmp.data.verify import verify
 from lmp.errors import UserError
 from lmp.films import ingest as room
 from lmp.films.detectors import build_finder
+from lmp.films.film import FilmJob, FilmResult
 from lmp.films.ingest import expand, ingest, key_of
 from lmp.films.synthetic import FilmSettings, make_films
 
@@ -107,7 +108,7 @@ def test_a_film_cut_short_is_refused(films: Path, tmp_path: Path) -> None:
     assert FilmIndex.load(tmp_path / "out").keys == ["whole"]
 
 
-def dies_on_b(job: room._Job) -> room._Done:
+def dies_on_b(job: FilmJob) -> FilmResult:
     """Stands in for `_work`; the spawned process has the real one under its own name."""
     if job.key == "b":
         os._exit(1)

@@ -14,7 +14,7 @@ av = pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
 from lmp.data.index import FilmIndex  # noqa: E402
-from lmp.films import ingest as room  # noqa: E402
+from lmp.films import film as room  # noqa: E402
 from lmp.films import kept  # noqa: E402
 from lmp.films.encoders.vggish import VGGish  # noqa: E402
 from lmp.films.ingest import ingest  # noqa: E402
@@ -145,7 +145,7 @@ def test_an_interrupted_ingest_goes_on_where_it_was(tmp_path: Path, monkeypatch:
     films = [write(tmp_path / f"{name}.mkv", levels=levels) for name, levels in (("a", (0.1,) * 2), ("b", (0.2,) * 3))]
     ingest(films, tmp_path / "whole", encoders=SIGNAL, progress=False)
     read: list[str] = []
-    honest = room._encoded_film
+    honest = room.encode_film
 
     def watched(job, *rest):
         if job.key == "b" and not read[1:]:
@@ -154,7 +154,7 @@ def test_an_interrupted_ingest_goes_on_where_it_was(tmp_path: Path, monkeypatch:
         read.append(job.key)
         return honest(job, *rest)
 
-    monkeypatch.setattr(room, "_encoded_film", watched)
+    monkeypatch.setattr(room, "encode_film", watched)
     with pytest.raises(KeyboardInterrupt):
         ingest(films, tmp_path / "out", encoders=SIGNAL, progress=False)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [kept.FOLDER]
