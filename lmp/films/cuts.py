@@ -14,17 +14,19 @@ MIN_SHOT_S = 0.5
 
 
 class Look(NamedTuple):
-    """The pictures that a detector is shown.
+    """How frames are made into pictures.
 
     Attributes:
         height: pixels.
         width: pixels; None keeps the film's shape.
-        pixels: "bgr24" or "rgb24": the order of the colours.
+        pixels: "rgb24" or "bgr24": the order of the colours.
+        scaling: FFmpeg's scaler, "BILINEAR", "BICUBIC", ...
     """
 
     height: int
-    width: int | None
-    pixels: str
+    width: int | None = None
+    pixels: str = "rgb24"
+    scaling: str = "BILINEAR"
 
 
 class Cut(NamedTuple):

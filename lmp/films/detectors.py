@@ -26,7 +26,7 @@ _PYSCENEDETECT = {
 NAMES = (DEFAULT, *_PYSCENEDETECT, "transnetv2")
 # Not options: what --min-shot does, and what is out of use.
 _LEFT_OUT = frozenset({"self", "min_scene_len", "filter_mode", "block_size"})
-_LOOK = Look(height=72, width=None, pixels="bgr24")
+_LOOK = Look(72, pixels="bgr24")
 """Smaller pictures are faster, and hide the noise of single pixels from the detector."""
 _COARSE = (12, 8)
 _FLAT = 8.0  # contrast below which pictures have no layout to compare

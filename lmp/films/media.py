@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmp.errors import UserError
-from lmp.films.cuts import ShotFinder
+from lmp.films.cuts import Look, ShotFinder
 from lmp.films.encoders.base import SAMPLE_RATE
 
 _POOL = 4  # frames kept for each frame wanted
@@ -144,18 +144,20 @@ class _Scaler:
     def __init__(self, width: int, height: int) -> None:
         self._width, self._height = width, height
         # One each: it is setting a scaler up that costs, and it is set up anew when the size changes.
-        self._scalers: dict[tuple[int, int | None, str], Any] = {}
+        self._scalers: dict[Look, Any] = {}
 
-    def scale(self, frame: Any, height: int, width: int | None, pixels: str) -> np.ndarray:
+    def scale(self, frame: Any, look: Look) -> np.ndarray:
         """uint8 [height, width, 3], turned as the film is to be shown."""
         from av.video.reformatter import VideoReformatter
 
-        scaler = self._scalers.setdefault((height, width, pixels), VideoReformatter())
+        scaler = self._scalers.setdefault(look, VideoReformatter())
         turns = round(frame.rotation / 90) % 4  # quarters, against the clock
         wide, high = (self._height, self._width) if turns % 2 else (self._width, self._height)
-        width = width or max(2, round(wide * height / high / 2) * 2)
-        stored = (height, width) if turns % 2 else (width, height)
-        scaled = scaler.reformat(frame, width=stored[0], height=stored[1], format=pixels, threads=1).to_ndarray()
+        width = look.width or max(2, round(wide * look.height / high / 2) * 2)
+        stored = (look.height, width) if turns % 2 else (width, look.height)
+        scaled = scaler.reformat(
+            frame, width=stored[0], height=stored[1], format=look.pixels, interpolation=look.scaling, threads=1
+        ).to_ndarray()
         return np.ascontiguousarray(np.rot90(scaled, turns)) if turns else scaled
 
 
@@ -165,14 +167,13 @@ class _Frame:
     def __init__(self, frame: Any, time_ms: float, end_ms: float, scaler: _Scaler) -> None:
         self.time_ms, self.end_ms = time_ms, end_ms
         self._frame, self._scaler = frame, scaler
-        self._scaled: dict[tuple[int, int | None, str], np.ndarray] = {}
+        self._scaled: dict[Look, np.ndarray] = {}
 
-    def scaled(self, height: int, width: int | None = None, pixels: str = "rgb24") -> np.ndarray:
-        """uint8 [height, width, 3]; the width follows from the height if it is not given."""
-        size = (height, width, pixels)
-        if size not in self._scaled:
-            self._scaled[size] = self._scaler.scale(self._frame, *size)
-        return self._scaled[size]
+    def scaled(self, look: Look) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        if look not in self._scaled:
+            self._scaled[look] = self._scaler.scale(self._frame, look)
+        return self._scaled[look]
 
 
 class _Kept(NamedTuple):
@@ -190,13 +191,13 @@ class _Pool:
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+        self._sampling, self._look = sampling, Look(sampling.height)
         self._kept: list[_Kept] = []
         self._stride, self._count = 1, 0
 
     def add(self, frame: _Frame, open_ms: float) -> None:
         if self._count % self._stride == 0 or frame.time_ms >= open_ms:
-            self._kept.append(_Kept(self._count, frame.time_ms, frame.scaled(self._sampling.height)))
+            self._kept.append(_Kept(self._count, frame.time_ms, frame.scaled(self._look)))
         self._count += 1
         room = _POOL * self._sampling.frames
         if len(self._kept) > room:
@@ -261,7 +262,7 @@ def _found_shots(frames: Iterator[_Frame], samplings: Sequence[Sampling], finder
     shot: _Shot | None = None
     end_ms = 0.0
     for frame in frames:
-        begun = starts.feed(frame.time_ms, frame.scaled(*finder.detector.look))
+        begun = starts.feed(frame.time_ms, frame.scaled(finder.detector.look))
         shot = shot or _Shot(samplings, frame.time_ms)
         shot.add(frame, open_ms=min([starts.undecided_ms, *begun]))
         for start_ms in begun:

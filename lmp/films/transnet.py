@@ -142,7 +142,7 @@ def _likeness(vectors_BTF: Tensor) -> Tensor:
 class TransNetDetector:
     """TransNet V2 with weights from a file, as a `lmp.films.cuts.Detector`."""
 
-    look = Look(height=_HEIGHT, width=_WIDTH, pixels="rgb24")
+    look = Look(_HEIGHT, _WIDTH, scaling="BICUBIC")  # as the ffmpeg command scales, which the release calls
 
     def __init__(self, path: Path, *, threshold: float = _THRESHOLD, device: str = "cpu") -> None:
         """Load the network.

@@ -20,7 +20,7 @@ PICTURE = np.zeros((2, 2, 3), np.uint8)
 class Told:
     """A detector that knows its cuts, and tells each of them some frames late."""
 
-    look = Look(height=2, width=4, pixels="rgb24")
+    look = Look(2, 4)
 
     def __init__(self, cuts: dict[int, float], *, late: int = 0) -> None:
         self._cuts, self._late = cuts, late
