@@ -132,9 +132,10 @@ class PySceneDetector:
         self._name, self._kind, self._options = name, kind, options
         try:
             trial = self.start()
-            for grey in (0, 100):
-                trial.feed(np.full((72, 128, 3), grey, np.uint8))
-        # Whatever an option is that nobody has tried: ValueError, ZeroDivisionError, cv2.error.
+            with np.errstate(divide="raise", invalid="raise"):
+                for grey in (0, 100):
+                    trial.feed(np.full((72, 128, 3), grey, np.uint8))
+        # Whatever an option is that nobody has tried: ValueError, FloatingPointError, cv2.error.
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UserError(f"detector {name} cannot work with {options}: {reason}", remedy="give others") from error

@@ -3,9 +3,9 @@
     git clone https://github.com/soCzech/TransNetV2 FOLDER
     PYTHONPATH=.:FOLDER/inference-pytorch:FOLDER/inference python tests/films/make_golden_transnet.py
 
-Made at commit 85cef72af9a916bdfd7cc94a670c9cdfbf12d1ed. The tests rebuild weights and frames by `recipes`. The network is
-that of `transnetv2_pytorch`; windows and scenes are those of `transnetv2`, whose few calls of TensorFlow are answered
-by torch.
+Made at commit 85cef72af9a916bdfd7cc94a670c9cdfbf12d1ed. The tests rebuild weights and frames by `recipes`.
+The network is that of `transnetv2_pytorch`; windows and scenes are those of `transnetv2`, whose few calls of
+TensorFlow are answered by torch.
 """
 
 from __future__ import annotations
