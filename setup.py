@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "films": ["av>=14", "scenedetect-headless>=0.7", "pysubs2>=1.8", "charset-normalizer>=3.4"],
-    "report": ["matplotlib>=3.9", "scikit-learn>=1.5"],
+    "report": ["matplotlib>=3.9", "scikit-learn>=1.5", "snowballstemmer>=2.2"],
     "gpu": ["flash-attn>=2.8"],
     "export": ["huggingface-hub>=0.30"],
     "bench": ["litdata>=0.2.50", "torchdata>=0.11"],

@@ -17,9 +17,11 @@ def add_task_options(evaluate: argparse.ArgumentParser) -> None:
     group.add_argument("--modalities", nargs="+", default=[], metavar="NAME", help="show the model these only")
     group.add_argument("--window-shots", type=int, metavar="N", help="longest run of shots that see each other")
     group.add_argument("--layers", type=int, metavar="N", help="finetune: the last N layers of each transformer learn")
+    group.add_argument("--model-only", action="store_true", help="no rivals, which are the same for every checkpoint")
     group.add_argument("--trunk-lr", type=float, default=1e-4)
     group.add_argument("--head-lr", type=float, default=1e-3)
     group.add_argument("--epochs", type=int, default=20)
+    group.add_argument("--batch", type=int, default=16, help="finetune: videos, shots or questions in a step")
 
 
 def register(commands: Any) -> None:
@@ -50,11 +52,13 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         seeds=arguments.seeds,
         modalities=tuple(arguments.modalities),
         window_shots=arguments.window_shots,
+        rivals=not arguments.model_only,
         fine_tuning=FineTuning(
             layers=arguments.layers,
             head_lr=arguments.head_lr,
             trunk_lr=arguments.trunk_lr,
             epochs=arguments.epochs,
+            batch=arguments.batch,
         ),
     )
     out = arguments.out or arguments.folder / "evaluation" / arguments.task.replace("/", "-")

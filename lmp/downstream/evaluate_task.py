@@ -33,6 +33,7 @@ class TaskSettings:
         seeds: draws of untrained networks, heads, orders and galleries.
         modalities: what the network is shown; empty: all.
         window_shots: longest run of shots that see each other; None: as it was trained.
+        rivals: measure untrained networks and base features, too.
         fine_tuning: see there.
     """
 
@@ -40,6 +41,7 @@ class TaskSettings:
     seeds: int = 3
     modalities: tuple[str, ...] = ()
     window_shots: int | None = None
+    rivals: bool = True
     fine_tuning: FineTuning = field(default_factory=FineTuning)
 
 
@@ -180,6 +182,8 @@ def _measure_retrieval(
 
 
 def _contenders(trunk: Trunk, seed: int, settings: TaskSettings) -> dict[str, Trunk]:
+    if not settings.rivals:
+        return {"model": trunk}
     found = {"model": trunk, "untrained": untrained(trunk, seed)}
     return found | {"raw": base_features(trunk)} if settings.mode == "probe" else found
 

@@ -21,7 +21,7 @@ from lmp.downstream.tasks.base import Items, Loss, Task, by_group
 from lmp.downstream.trunk import BATCH_SHOTS, Films, Trunk, Window
 from lmp.model import LmpModel
 
-STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Of the penalty on the squared weights of a probe, strongest first: each fit begins where the last one ended."""
 ITERATIONS = 50
 
@@ -115,13 +115,18 @@ def fit_probe(task: Task, items: Items, rows_IR: Tensor, part: Part, *, seed: in
     strengths = STRENGTHS if rows_IR.shape[1] else STRENGTHS[:1]
     inner = inner_parts(items, part, seed=seed) if len(strengths) > 1 else []
     found = np.zeros((len(inner), len(strengths)))
+    fits: list[tuple[Tensor, Tensor]] = []
     for n, (train, val) in enumerate(inner):
         target, weight_I = targets(task, items, val)
         group_I = torch.from_numpy(items.group_I[val])
+        fits = []
         for k, (weight_RC, bias_C) in enumerate(_fits(task, items, rows_IR, train, strengths)):
             found[n, k] = float(head_loss(task.loss, rows_IR[val] @ weight_RC + bias_C, target, weight_I, group_I))
+            fits.append((weight_RC, bias_C))
     best = int(found.mean(0).argmin()) if len(inner) else 0
-    *_, (weight_RC, bias_C) = _fits(task, items, rows_IR, part.train, strengths[: best + 1])
+    if not inner or not len(part.val):  # nothing was fitted so far, or all of it without a quarter
+        fits = list(_fits(task, items, rows_IR, part.train, strengths[: best + 1]))
+    weight_RC, bias_C = fits[best]
     return (rows_IR[part.test] @ weight_RC + bias_C).numpy(), strengths[best]
 
 

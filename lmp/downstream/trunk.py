@@ -36,13 +36,13 @@ class Window:
     Attributes:
         film: number in the index.
         rows_S: int64 [S], numbers of the shots in the film.
-        hidden: place in the window of a shot whose features the model may not see; None for none.
+        hidden: places in the window of shots whose features the model may not see.
         in_time: shots begin when they do in the film; otherwise one after the other, so that times tell nothing.
     """
 
     film: int
     rows_S: np.ndarray
-    hidden: int | None = None
+    hidden: tuple[int, ...] = ()
     in_time: bool = True
 
 
@@ -100,8 +100,7 @@ class Trunk:
         valid = {name: torch.cat([one[1][name] for one in shown]) for name in films.index.modalities}
         hidden_N = torch.zeros(sum(sizes), dtype=torch.bool)
         for first, window in zip(np.cumsum([0, *sizes]), windows, strict=False):
-            if window.hidden is not None:
-                hidden_N[first + window.hidden] = True
+            hidden_N[[first + place for place in window.hidden]] = True
         if self.model is None:
             seen = {name: valid[name] & ~hidden_N for name in self.modalities}
             rows = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from lmp.downstream import real_data as real_data_module
 from lmp.downstream.tasks import TASKS, ave, boundaries, condensed_movies, lvu, muses, select, soundtrack
 from lmp.downstream.tasks.base import Videos
 from lmp.downstream.tasks.moviecuts import MovieCuts
-from lmp.downstream.trunk import Films
+from lmp.downstream.trunk import Films, base_features
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpForPretraining
 
@@ -154,6 +155,37 @@ def test_condensed_movies_as_published(real_data: Path) -> None:
 def test_movieclip_as_published(real_data: Path) -> None:
     found = select("movieclip/hidden")[0].ids(real_data)
     assert {split: len(clips) for split, clips in found.items()} == {"train": 4939, "val": 659, "test": 1313}
+
+
+def test_what_is_shown_around_a_hidden_shot(tmp_path: Path) -> None:
+    numbers = {"a" * 11: range(1, 6), "b" * 11: range(3, 8), "c" * 11: range(2, 4)}  # the last one has too few shots
+    lines = [f"{clip}/{clip}-Scene-{n}.mp4 {n} 99" for clip, shots in numbers.items() for n in shots]
+    (tmp_path / "all_150_labels.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "split.csv").write_text("imdbid,split\nt1,test\n")
+    (tmp_path / "clips.csv").write_text("videoid,imdbid\n" + "".join(f"{clip},t1\n" for clip in numbers))
+    clips = [("c" * 11, 0, 2), ("a" * 11, 2, 7), ("b" * 11, 7, 12)]
+    info = {"clips": [{"videoid": name, "start": start, "stop": stop} for name, start, stop in clips]}
+    videos = videos_of(write_shards(tmp_path / "s", {"t1": info}))
+
+    seen = {}
+    for shown in ("hidden", "film", "alone"):
+        items, coverage = select(f"movieclip/{shown}")[0].items(tmp_path, videos)  # type: ignore[union-attr]
+        assert str(coverage) == "found test 2 of 2"
+        assert [np.flatnonzero(row).tolist() for row in items.target_I] == [
+            [n, 99] for n in (*range(1, 6), *range(3, 8))
+        ]
+        windows = [items.windows[n] for n in items.window_I]
+        # Each item is about a shot that is hidden in its window.
+        for shot, window, ((start, stop),) in zip(range(2, 12), windows, items.parts_IP2, strict=True):
+            assert stop == start + 1 and start in window.hidden and window.rows_S[start] == shot
+        seen[shown] = [(window.rows_S.tolist(), list(window.hidden)) for window in windows]
+    assert seen["hidden"][1] == ([2, 3, 4, 5, 6], [1])
+    assert seen["alone"][1] == ([3], [0])
+    assert seen["film"][1] == (list(range(12)), [3, 11]) == seen["film"][9]
+
+    two = replace(videos.whole(0).window(), hidden=(3, 11))
+    (raw,) = base_features(SimpleNamespace(modalities=("video",))).run(videos.films, [two])  # type: ignore[arg-type]
+    assert raw["video"][[3, 11]].abs().sum() == 0 and (raw["video"][[0, 4, 10], -1] == 1).all()
 
 
 def test_shards_of_the_study(real_data: Path, tmp_path: Path) -> None:

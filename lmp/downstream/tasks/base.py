@@ -53,7 +53,7 @@ class Videos:
         borne: Counter[str] = Counter()
         whole: dict[str, Clip] = {}
         for film, info in enumerate(index.infos(range(len(index)))):
-            clip = Clip(film, 0, int(index.shots[film]))
+            clip = self.whole(film)
             self._found[index.keys[film]] = clip
             for name in set(record_ids(info)):
                 borne[name] += 1
@@ -67,6 +67,10 @@ class Videos:
     def find(self, name: str) -> Clip | None:
         """The shots of a video; None if the shards do not hold it."""
         return self._found.get(name)
+
+    def whole(self, film: int) -> Clip:
+        """All shots of a film."""
+        return Clip(film, 0, int(self.films.index.shots[film]))
 
     def times(self, clip: Clip) -> np.ndarray:
         """float64 [S, 2], start and end of each shot in seconds from the clip's start."""

@@ -5,26 +5,30 @@ or in the folders condensed_movies and movieclip_labels. Lines are `ID/ID-Scene-
 taken together and split by Condensed Movies' split of films. Clips have at least five labelled shots.
 
 Each labelled shot is hidden in turn, and the model sees the others of its clip. One label is predicted, and right if
-it is in the hidden shot's set. `alone` shows the hidden shot with no other: what then is left is the prior.
-`description` finds a clip by its description, ties by the mean.
+it is in the hidden shot's set. `alone` shows the hidden shot with no other: what then is left is the prior. `film`
+shows the shots of all clips of the film, but for every eighth, which are hidden together, eight times over; the same
+shots are scored. `description` finds a clip by its description, ties by the mean.
 """
 
 from __future__ import annotations
 
 import gzip
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from lmp.downstream.tasks.base import SPLITS, Coverage, ItemRows, Items, Loss, RetrievalTask, Task, Videos
+from lmp.downstream.tasks.base import SPLITS, Clip, Coverage, ItemRows, Items, Loss, RetrievalTask, Task, Videos
 from lmp.downstream.tasks.condensed_movies import CondensedMovies, read_csv, read_split
 from lmp.downstream.trunk import Window
 from lmp.errors import UserError
 
 CLASSES = 150
 LEAST_SHOTS = 5
+TOGETHER = 8
+"""One in so many shots of a film is hidden at a time."""
 LINE = re.compile(r"^([\w-]{11})/\1-Scene-(\d+)\.mp4 ([\d ]+)$")
 
 Labels = dict[str, list[tuple[int, tuple[int, ...]]]]
@@ -64,8 +68,13 @@ def split_of_clips(labels: Path) -> dict[str, str]:
     return {row["videoid"]: of_film[row["imdbid"]] for row in read_csv(folder, "clips.csv") if row["imdbid"] in of_film}
 
 
+def hidden_together(film: Clip) -> list[Window]:
+    """The shots of a film, `TOGETHER` times over, each time with another share of them hidden."""
+    return [replace(film.window(), hidden=tuple(range(first, film.stop, TOGETHER))) for first in range(TOGETHER)]
+
+
 class HiddenShot(Task):
-    """The labels of a hidden shot, from the other labelled shots of its clip."""
+    """The labels of a hidden shot, from the other labelled shots of its clip, of its film, or from none."""
 
     needs: ClassVar[str] = (
         "LABELS/condensed_movies/{split,clips}.csv, LABELS/movieclip_labels/*_150_labels.txt, and shards whose clips "
@@ -74,9 +83,9 @@ class HiddenShot(Task):
     metric: ClassVar[str] = "top1"
     loss: ClassVar[Loss] = "multilabel_one"
 
-    def __init__(self, *, alone: bool) -> None:
-        self.alone = alone
-        self.name = "movieclip/alone" if alone else "movieclip/hidden"
+    def __init__(self, shown: Literal["clip", "film", "alone"]) -> None:
+        self.shown = shown
+        self.name = "movieclip/" + {"clip": "hidden"}.get(shown, shown)
 
     def ids(self, labels: Path) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {name: [] for name in SPLITS}
@@ -89,6 +98,7 @@ class HiddenShot(Task):
     def items(self, labels: Path, videos: Videos) -> tuple[Items, Coverage]:
         every = read_shot_labels(sub_folder(Path(labels), "movieclip_labels"))
         rows, coverage, item = ItemRows(), Coverage(), 0
+        in_film: dict[int, list[int]] = {}  # film -> its windows
         for split, names in self.ids(Path(labels)).items():
             for name in names:
                 clip = coverage.look(videos, name, split)
@@ -100,13 +110,21 @@ class HiddenShot(Task):
                         f"clip {name} has {clip.stop - clip.start} shots in the shards and {len(shots)} labelled ones",
                         remedy="make the shards of the labelled shots",
                     )
-                for place, (_, found) in enumerate(shots):
+                if self.shown == "film" and clip.film not in in_film:
+                    of_film = videos.whole(clip.film)
+                    in_film[clip.film] = [rows.window(window) for window in hidden_together(of_film)]
+                for shot, (_, found) in enumerate(shots, clip.start):
                     target_C = np.zeros(CLASSES, np.float32)
                     target_C[list(found)] = 1.0
-                    shown = np.array([clip.start + place]) if self.alone else np.arange(clip.start, clip.stop)
-                    hidden = 0 if self.alone else place
-                    window = rows.window(Window(clip.film, shown, hidden=hidden))
-                    rows.add(window, [(hidden, hidden + 1)], target_C, group=item, split=split)
+                    if self.shown == "film":
+                        window, place = in_film[clip.film][shot % TOGETHER], shot
+                    elif self.shown == "clip":
+                        place = shot - clip.start
+                        window = rows.window(replace(clip.window(), hidden=(place,)))
+                    else:
+                        place = 0
+                        window = rows.window(Window(clip.film, np.array([shot]), hidden=(0,)))
+                    rows.add(window, [(place, place + 1)], target_C, group=item, split=split)
                     item += 1
         return rows.items(np.float32), coverage
 
@@ -127,7 +145,7 @@ class Description(CondensedMovies):
         self._clips: set[str] = set()
 
     def ids(self, labels: Path) -> dict[str, list[str]]:
-        return HiddenShot(alone=False).ids(labels)
+        return HiddenShot("clip").ids(labels)
 
     def pairs(self, labels: Path, videos: Videos) -> tuple[list[Window], np.ndarray, Coverage]:
         self._clips = {clip for clips in self.ids(labels).values() for clip in clips}
@@ -137,4 +155,9 @@ class Description(CondensedMovies):
         return video in self._clips
 
 
-TASKS: tuple[Task | RetrievalTask, ...] = (HiddenShot(alone=False), HiddenShot(alone=True), Description())
+TASKS: tuple[Task | RetrievalTask, ...] = (
+    HiddenShot("clip"),
+    HiddenShot("film"),
+    HiddenShot("alone"),
+    Description(),
+)
