@@ -13,7 +13,7 @@ import transformers
 
 from lmp.errors import UserError
 from lmp.films.encoders import Encoder, build_encoders
-from lmp.films.encoders.transformers_inputs import Picture
+from lmp.films.encoders.transformers_pictures import Picture
 from tests.films.recipes import chirp, film_frames
 
 TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -10,14 +10,15 @@ from typing import Any, get_args
 
 from lmp.errors import UserError
 from lmp.films.encoders.base import Encoder, Kind
+from lmp.films.encoders.sentences import POOLINGS
 from lmp.films.encoders.signal import SignalPicture, SignalSound, SignalWords
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_OF_MODALITY: dict[str, Kind] = {"video": "picture", "audio": "sound", "text": "words"}
 NETWORKS: dict[str, Kind] = {"r2plus1d": "picture", "vggish": "sound"}
 FAMILIES: dict[str, Kind] = {  # model types of transformers that may stand for the kind
-    **dict.fromkeys(("videomae", "vjepa2", "siglip", "clip"), "picture"),
-    **dict.fromkeys(("wav2vec2", "wavlm", "hubert", "whisper", "ast", "clap"), "sound"),
+    **dict.fromkeys(("videomae", "vjepa2", "videoprism", "pe_video", "siglip", "clip"), "picture"),
+    **dict.fromkeys(("wav2vec2", "wavlm", "hubert", "whisper", "ast", "clap", "pe_audio"), "sound"),
     **dict.fromkeys(("bart", "bert", "roberta", "modernbert"), "words"),
 }
 _SIGNAL: dict[Kind, Callable[..., Encoder]] = {"picture": SignalPicture, "sound": SignalSound, "words": SignalWords}
@@ -26,6 +27,15 @@ _PREFIXES = "|".join((*KINDS, *NETWORKS, *FAMILIES))
 _PLUS = re.compile(rf"\+(?=(?:{_PREFIXES}):|signal(?:[-,+]|$))")
 _OPTION = re.compile(r",([a-z_]+)=([^,]*)$")
 _COUNTS = ("tokens", "frames")
+_CHOICES: dict[str, dict[str, Any]] = {
+    "pooling": {pooling: pooling for pooling in POOLINGS},
+    "normalize": {"true": True, "false": False},
+}
+_OF_KIND: dict[Kind, tuple[str, ...]] = {  # options of transformers models
+    "picture": ("tokens", "frames"),
+    "sound": ("tokens",),
+    "words": ("tokens", "pooling", "normalize", "prompt", "prefix"),
+}
 
 
 def build_encoders(specs: Mapping[str, str], *, device: str = "cpu") -> dict[str, tuple[Encoder, ...]]:
@@ -38,7 +48,8 @@ def build_encoders(specs: Mapping[str, str], *, device: str = "cpu") -> dict[str
             "FOLDER" or "OWNER/MODEL": a transformers model, local or of the hub;
             with its kind before it where the name of the modality does not tell it (video is picture, audio
             is sound, text is words): "signal-picture", "words:FOLDER", or its family: "wav2vec2:FOLDER";
-            and options after it: ",tokens=4" (K), ",frames=32" (of a clip), ",pca=FILE" (VGGish).
+            and options after it: ",tokens=4" (K), ",frames=32" (of a clip), ",pca=FILE" (VGGish), and for texts
+            ",pooling=cls", ",normalize=true", ",prompt=NAME", ",prefix=TEXT" (see `read_sentences`).
         device: where the networks run.
 
     Raises:
@@ -123,7 +134,7 @@ def _build_as(
     # transformers takes seconds to import and only these encoders need it.
     from lmp.films.encoders.transformers_adapter import TransformersEncoder
 
-    _check_options(modality, spec, options, ("tokens", "frames") if kind == "picture" else ("tokens",))
+    _check_options(modality, spec, options, _OF_KIND[kind])
     return TransformersEncoder(kind, spec, family=family, **options, device=device)
 
 
@@ -139,8 +150,14 @@ def _options(modality: str, part: str) -> tuple[str, dict[str, Any]]:
                     f"modality {modality}: {name} of {part} is {value!r}", remedy="give a whole number, 1 or more"
                 )
             options[name] = int(value)
+        elif (choices := _CHOICES.get(name)) is not None:
+            if value not in choices:
+                raise UserError(
+                    f"modality {modality}: {name} of {part} is {value!r}", remedy=f"give one of {', '.join(choices)}"
+                )
+            options[name] = choices[value]
         else:
-            options[name] = Path(value)
+            options[name] = Path(value) if name == "pca" else value
     return part, options
 
 

@@ -47,8 +47,8 @@ def load(auto: Any, source: str, *, role: str) -> Any:
         ) from error
 
 
-def read_json(source: str, name: str) -> dict[str, Any] | None:
-    """A file of settings that was saved with a model, or None where there is none."""
+def read_json(source: str, name: str) -> Any:
+    """A JSON file that was saved with a model, or None where there is none."""
     text = read_text(source, name)
     return None if text is None else json.loads(text)
 

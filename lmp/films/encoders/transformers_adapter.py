@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmp.errors import UserError
+from lmp.films.encoders import saved
 from lmp.films.encoders.base import Kind
-from lmp.films.encoders.transformers_inputs import FRAMES_OF_A_TOKEN, Clips, Frames, Input, Spectra, Waves, Words
-from lmp.films.encoders.weights import digest
+from lmp.films.encoders.sentences import read_sentences
+from lmp.films.encoders.transformers_inputs import Input, Words
+from lmp.films.encoders.transformers_pictures import FRAMES_OF_A_TOKEN, Clips, Frames, WholeClips, own_frames
+from lmp.films.encoders.transformers_sound import Extracted, Spectra, Waves
 
 EXAMPLES = {
-    "picture": "VideoMAE, V-JEPA 2, CLIP or SigLIP",
-    "sound": "wav2vec 2.0, WavLM, Whisper, AST or CLAP",
+    "picture": "VideoMAE, V-JEPA 2, VideoPrism, Perception Encoder, CLIP or SigLIP",
+    "sound": "wav2vec 2.0, WavLM, Whisper, AST, CLAP or Perception Encoder",
     "words": "BART or BERT",
 }
+FAMILIES: dict[str, tuple[str, ...]] = {  # the model types of transformers that a family goes by, if not its name
+    "ast": ("audio-spectrogram-transformer",),
+    "clap": ("clap", "clap_audio_model"),
+    "clip": ("clip", "clip_vision_model"),
+    "siglip": ("siglip", "siglip_vision_model"),
+    "videoprism": ("videoprism", "videoprism_vision_model"),
+    "pe_video": ("pe_video", "pe_video_encoder", "pe_audio_video"),
+    "pe_audio": ("pe_audio", "pe_audio_encoder", "pe_audio_video"),
+}
+_HEARS = {"input_values", "input_features"}
 _SPECTRA = ("whisper", "audio-spectrogram-transformer", "clap", "clap_audio_model")
-_SHORT_NAMES = {"audio-spectrogram-transformer": "ast", "clap_audio_model": "clap"}
 
 
 class TransformersEncoder:
@@ -39,8 +50,9 @@ class TransformersEncoder:
         source: a local folder saved with `save_pretrained`, or a name on the hub.
         family: the model type that the user expects; None takes any.
         tokens: K.
-        frames: of a shot for each token, for a model of single pictures.
-        batch_size: shots (or pieces of sound) per forward pass.
+        frames: of a shot for each token, for a model of single pictures or of clips of any length.
+        pooling, normalize, prompt, prefix: of texts, see `read_sentences`.
+        batch_size: shots (or pieces of them) per forward pass.
 
     Raises:
         UserError: no such folder or name, files missing from it, or a model that does not encode this kind.
@@ -54,6 +66,10 @@ class TransformersEncoder:
         family: str | None = None,
         tokens: int = 1,
         frames: int | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prefix: str | None = None,
         batch_size: int = 8,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -62,25 +78,20 @@ class TransformersEncoder:
         self.kind: Kind = kind
         self.tokens = tokens
         self._batch_size = batch_size
-        folder = Path(source).expanduser()
-        if source.startswith(("/", "~", ".")) and not folder.is_dir():
-            raise UserError(f"no folder {source} with a {kind} encoder", remedy="give the folder of a saved model")
-        self._source = str(folder) if folder.is_dir() else source
-        self.name = folder.name if folder.is_dir() else source
+        self._source, self.name = saved.find(source, role=self._role)
         model = self._load(transformers.AutoModel)
-        if model.config.is_encoder_decoder:
-            model = model.get_encoder()
-        self._model = model.to(device, torch.float32).eval().requires_grad_(False)
         self._model_type = str(model.config.model_type)
-        if family is not None and family not in (self._model_type, _SHORT_NAMES.get(self._model_type)):
+        if family is not None and self._model_type not in FAMILIES.get(family, (family,)):
             raise UserError(
                 f"{source} is a {self._model_type} model, not {family}",
                 remedy=f"write {kind}:{source}, or give the folder of a {family} model",
             )
-        self._input = self._input_of(frames)
+        self._model = _tower(model, kind).to(device, torch.float32).eval().requires_grad_(False)
+        self.version = saved.version(self._model, self._source)
+        texts = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "prefix": prefix}
+        self._input = self._input_of(frames, texts)
         self.width = self._input.width
         self.frames, self.height = self._input.frames, self._input.height
-        self.version = self._version()
 
     @torch.no_grad()
     def encode(self, shots: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -105,7 +116,7 @@ class TransformersEncoder:
                     sums_nKD[shot_row] = F.adaptive_avg_pool1d(heard_TD.T, self.tokens).T
                     weight_nK[shot_row] = 1
         features_nKD = sums_nKD / torch.where(weight_nK > 0, weight_nK, 1)[..., None]
-        return features_nKD, torch.tensor(valid, dtype=torch.bool) & (weight_nK > 0).all(1)
+        return self._input.finish(features_nKD), torch.tensor(valid, dtype=torch.bool) & (weight_nK > 0).all(1)
 
     def describe(self) -> dict[str, Any]:
         """Name, version, tokens, width and sampling, as JSON."""
@@ -116,52 +127,78 @@ class TransformersEncoder:
             "model_type": self._model_type,
             "tokens": self.tokens,
             "width": self.width,
-            "pooling": "mean",
+            "pooling": self._input.pooling,
             "sampling": self._input.sampling(),
         }
 
+    @property
+    def _role(self) -> str:
+        return f"{self.kind} encoder"
+
     def _load(self, auto: Any) -> Any:
-        try:
-            return auto.from_pretrained(self._source)
-        # Loaders raise OSError for missing files, and ValueError, KeyError and more for bad ones.
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            what = {"AutoModel": "model", "AutoTokenizer": "tokenizer"}.get(auto.__name__, "feature extractor")
-            raise UserError(
-                f"cannot load the {what} of {self.kind} encoder {self._source}: {reason}",
-                remedy="give a hub name or a folder saved with save_pretrained (model and processor)",
-            ) from error
+        return saved.load(auto, self._source, role=self._role)
 
-    def _input_of(self, frames: int | None) -> Input:
+    def _input_of(self, frames: int | None, texts: dict[str, Any]) -> Input:
         """How the model takes shots of its kind."""
-        import transformers
-
-        model, config = self._model, self._model.config
-        arguments = inspect.signature(model.forward).parameters
-        one_tower = hasattr(config, "hidden_size")  # a model of several towers has no one width
-        made: Input | None = None
-        if self.kind == "sound" and one_tower and hasattr(config, "conv_kernel") and "input_values" in arguments:
-            made = Waves(model, self._load(transformers.AutoFeatureExtractor), self._source)
-        elif self.kind == "sound" and self._model_type in _SPECTRA:
-            made = Spectra(model, self._load(transformers.AutoFeatureExtractor))
-        elif self.kind == "words" and one_tower and "input_ids" in arguments:
-            tokenizer = self._load(transformers.AutoTokenizer)
-            self._check_tokenizer(tokenizer)
-            made = Words(model, tokenizer)
-        elif self.kind == "picture" and "spatial_shapes" not in arguments:
-            clip = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
-            if clip and one_tower and arguments.keys() & {"pixel_values", "pixel_values_videos"}:
-                made = Clips(model, self._source)
-            elif hasattr(model, "get_image_features") or (one_tower and "pixel_values" in arguments):
-                return Frames(model, self._source, (frames or FRAMES_OF_A_TOKEN) * self.tokens)
+        if self.kind == "picture":
+            made = self._pictures(frames)
+        else:
+            made = self._sound() if self.kind == "sound" else self._words(texts)
         if made is None:
             raise UserError(
                 f"{self._source} is a {self._model_type} model, which does not encode {self.kind} here",
                 remedy=f"give one of the kind of {EXAMPLES[self.kind]}",
             )
-        if frames is not None:
-            raise UserError(f"{self._source} has its own number of frames", remedy="leave the option frames out")
         return made
+
+    def _pictures(self, frames: int | None) -> Input | None:
+        model, config = self._model, self._model.config
+        arguments, one_tower = self._arguments()
+        vision = getattr(config, "vision_config", None)
+        whole = hasattr(model, "get_video_features") and getattr(vision, "num_frames", None)
+        if whole or config.model_type in ("pe_video", "pe_video_encoder"):
+            return WholeClips(model, self._source, tokens=self.tokens, frames=frames)
+        if "spatial_shapes" in arguments:
+            return None
+        clip = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+        if clip and one_tower and arguments.keys() & {"pixel_values", "pixel_values_videos"}:
+            if frames is not None:
+                raise own_frames(self._source)
+            return Clips(model, self._source)
+        if hasattr(model, "get_image_features") or (one_tower and "pixel_values" in arguments):
+            return Frames(model, self._source, (frames or FRAMES_OF_A_TOKEN) * self.tokens)
+        return None
+
+    def _sound(self) -> Input | None:
+        import transformers
+
+        model, config = self._model, self._model.config
+        arguments, one_tower = self._arguments()
+        perception = hasattr(model, "audio_encoder") and hasattr(model, "audio_head")
+        if not (perception or config.model_type in _SPECTRA or (one_tower and arguments.keys() & _HEARS)):
+            return None
+        extractor = self._load(transformers.AutoFeatureExtractor)
+        if not hasattr(extractor, "sampling_rate"):
+            return None
+        if config.model_type in _SPECTRA:
+            return Spectra(model, extractor)
+        if hasattr(config, "conv_kernel") and "input_values" in arguments:
+            return Waves(model, extractor, self._source)
+        return Extracted(model, extractor)
+
+    def _words(self, texts: dict[str, Any]) -> Input | None:
+        import transformers
+
+        arguments, one_tower = self._arguments()
+        if not one_tower or "input_ids" not in arguments:
+            return None
+        tokenizer = self._load(transformers.AutoTokenizer)
+        self._check_tokenizer(tokenizer)
+        return Words(self._model, tokenizer, read_sentences(self._source, **texts))
+
+    def _arguments(self) -> tuple[Any, bool]:
+        """What the model is called with, and whether it is one tower: one of several has no one width."""
+        return inspect.signature(self._model.forward).parameters, hasattr(self._model.config, "hidden_size")
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
         # Without tokenizer files transformers silently makes a tokenizer of the special tokens alone.
@@ -174,16 +211,6 @@ class TransformersEncoder:
                 remedy="save the tokenizer that belongs to the model in the same folder",
             )
 
-    def _version(self) -> str:
-        """The revision on the hub, or else a digest of the weights: equal versions mean equal features."""
-        from transformers.utils import cached_file
-
-        commit = getattr(self._model.config, "_commit_hash", None)
-        if commit:
-            return str(commit)
-        # As it was saved: the configuration in memory also tells the version of transformers that has read it.
-        return digest(self._model, Path(str(cached_file(self._source, "config.json"))).read_text(encoding="utf-8"))
-
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         # Neighbours in length share a batch, so that little is padding.
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -191,6 +218,13 @@ class TransformersEncoder:
             group = list(same)
             for start in range(0, len(group), self._batch_size):
                 yield group[start : start + self._batch_size]
+
+
+def _tower(model: Any, kind: Kind) -> Any:
+    """The part of a model that encodes the kind: the encoder of an encoder and decoder, a model of several inside."""
+    if model.config.model_type == "pe_audio_video":
+        return {"sound": model.audio_model, "picture": model.video_model}.get(kind, model)
+    return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
 def _is_something(shot: Any) -> bool:
