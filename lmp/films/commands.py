@@ -13,7 +13,12 @@ from lmp.errors import EXIT_DONE, EXIT_USER, UserError
 def register(commands: Any) -> None:
     """Add `lmp ingest` to the subparsers of `lmp`."""
     ingest = commands.add_parser("ingest", help="films become shards of features")
-    ingest.add_argument("films", nargs="+", type=Path, metavar="FILM", help="film files, or folders of them")
+    ingest.add_argument(
+        "films",
+        nargs="+",
+        metavar="FILM",
+        help="films, folders, tars of video2dataset, or lists (.csv, .parquet, .txt); local or URLs",
+    )
     ingest.add_argument("--out", type=Path, required=True, metavar="SHARDS")
     ingest.add_argument(
         "--encoder",
@@ -62,7 +67,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     from lmp.data.leave_out import LeaveOut
 
     try:
-        from lmp.films.ingest import expand, ingest
+        from lmp.films.ingest import ingest
     except ImportError as error:
         raise UserError(f"{error.name} is not installed", remedy="pip install 'lmp[films]'") from error
 
@@ -71,7 +76,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     if arguments.shots is not None and finding:
         raise UserError("--shots gives the shots, --detector and --min-shot find them", remedy="leave one of them out")
     report = ingest(
-        expand(arguments.films),
+        arguments.films,
         arguments.out,
         encoders=encoders_of(arguments.encoder),
         shot_lists=arguments.shots,

@@ -17,17 +17,17 @@ from lmp.films.cuts import ShotFinder
 from lmp.films.encoders import Encoder
 from lmp.films.media import probe, read_pictures, read_sound
 from lmp.films.outputs import Output, Outputs, of_kind
-from lmp.films.shots import find_shot_list, read_shot_list
+from lmp.films.shots import read_shot_list
+from lmp.films.sources import Film, brought
 from lmp.films.speech import Whisper, parts_of
-from lmp.films.subtitles import find_subtitles, read_subtitles, words_of_shots
+from lmp.films.subtitles import read_subtitles, words_of_shots
 
 
 @dataclass(frozen=True)
 class FilmJob:
     """One film; everything that a worker needs besides the encoders."""
 
-    film: Path
-    key: str
+    film: Film
     shot_lists: Path | None
     subtitles: Path | None
     threads: int
@@ -70,20 +70,18 @@ def read_film(job: FilmJob, tools: Tools) -> FilmResult:
 
 
 def _kept_film(job: FilmJob, tools: Tools) -> FilmResult:
-    if not job.film.is_file():
-        raise UserError(f"there is no film {job.film}", remedy="check the path")
-    shot_list = None
-    if job.shot_lists is not None:
-        shot_list = find_shot_list(job.shot_lists, job.film) if job.shot_lists.is_dir() else job.shot_lists
+    film, shot_list = job.film, job.film.shots_in(job.shot_lists)
     subtitles = None
     if any(parts[0].kind == "words" for parts in tools.encoders.values()):
-        subtitles = find_subtitles(job.film if job.subtitles is None else job.subtitles / job.film.name)
-    sign = kept.signature(job.settings, [job.film, shot_list, subtitles])
+        subtitles = film.subtitles_in(job.subtitles)
+    sources = (film.file, shot_list, subtitles)
+    sign = kept.signature(job.settings, [film.info, *(None if one is None else one.state() for one in sources)])
     if (held := kept.load(job.kept, sign)) is not None:
         info, arrays = held
         features = {name: arrays[f"features.{name}"] for name in tools.encoders}
         return FilmResult(info, arrays["shots"], features, {name: arrays[f"valid.{name}"] for name in tools.encoders})
-    done = encode_film(job, tools, shot_list, subtitles)
+    with brought(*sources) as paths:
+        done = encode_film(job, tools, *paths)
     if done.shots_S2 is not None:
         arrays = {f"features.{name}": array for name, array in done.features.items()}
         arrays |= {f"valid.{name}": array for name, array in done.valid.items()}
@@ -91,38 +89,42 @@ def _kept_film(job: FilmJob, tools: Tools) -> FilmResult:
     return done
 
 
-def encode_film(job: FilmJob, tools: Tools, path: Path | None, subtitles: Path | None) -> FilmResult:
+def encode_film(
+    job: FilmJob, tools: Tools, film: Path, shot_list: Path | None = None, subtitles: Path | None = None
+) -> FilmResult:
     """Decode a film and encode it: a thread decodes, finds shots and scales pictures while this one encodes.
 
     Args:
-        path: its shot list; None finds the shots.
+        film: where it lies.
+        shot_list: its shot list; None finds the shots.
         subtitles: its subtitle file; None is a film without.
 
     Raises:
         UserError: a film, list or subtitle file that cannot be read.
     """
-    facts = probe(job.film)
+    facts = probe(film)
     shots: np.ndarray | ShotFinder
-    if path is not None:
-        shots, source = read_shot_list(path, facts.fps, first_s=facts.first_s), {"list": path.name}
+    if shot_list is not None:
+        shots, source = read_shot_list(shot_list, facts.fps, first_s=facts.first_s), {"list": shot_list.name}
     else:
         assert tools.finder is not None  # or there would be a list
         shots, source = tools.finder, tools.finder.describe()
     # A broken subtitle file is found before the picture is decoded.
     spoken = None if subtitles is None else read_subtitles(subtitles)
     outputs = {name: [Output(encoder) for encoder in parts] for name, parts in tools.encoders.items()}
-    shots_S2 = _encode_pictures(job, shots, outputs)
+    shots_S2 = _encode_pictures(film, shots, outputs, threads=job.threads)
     if isinstance(shots, ShotFinder):
-        _check_whole(job.film, facts.duration_s, float(shots_S2[-1, 1]) / 1000)
-    _encode_sound(job, shots_S2, outputs)
+        _check_whole(film, facts.duration_s, float(shots_S2[-1, 1]) / 1000)
+    _encode_sound(film, shots_S2, outputs)
     if spoken is None and tools.speech is not None:
-        spoken = tools.speech.transcribe(read_ahead(read_sound(job.film, parts_of(int(shots_S2[-1, 1])))))
+        spoken = tools.speech.transcribe(read_ahead(read_sound(film, parts_of(int(shots_S2[-1, 1])))))
     for output in of_kind(outputs, "words"):
         for words in words_of_shots(spoken, shots_S2):
             output.add(words)
     info: dict[str, Any] = {
-        "title": job.film.stem,
-        "source": job.film.name,
+        "title": job.film.file.stem,
+        **job.film.info,
+        "source": job.film.file.name,
         "duration_s": round(facts.duration_s or float(shots_S2[-1, 1]) / 1000, 3),
         "fps": round(facts.fps, 6),
         "sound": facts.sound,
@@ -151,14 +153,14 @@ def _check_whole(film: Path, promised_s: float, found_s: float) -> None:
         )
 
 
-def _encode_pictures(job: FilmJob, shots: np.ndarray | ShotFinder, outputs: Outputs) -> np.ndarray:
+def _encode_pictures(film: Path, shots: np.ndarray | ShotFinder, outputs: Outputs, *, threads: int) -> np.ndarray:
     """The shots, int32 [S, 2] ms. A given list needs no decoding where nobody looks at the picture."""
     watching = of_kind(outputs, "picture")
     if isinstance(shots, np.ndarray) and not watching:
         return shots
     samplings = list(dict.fromkeys(output.sampling for output in watching))
     spans: list[tuple[int, int]] = []
-    pictures = read_pictures(job.film, samplings, shots=shots, threads=job.threads)
+    pictures = read_pictures(film, samplings, shots=shots, threads=threads)
     for shot in read_ahead(pictures):
         spans.append((shot.start_ms, shot.end_ms))
         for output in watching:
@@ -166,10 +168,10 @@ def _encode_pictures(job: FilmJob, shots: np.ndarray | ShotFinder, outputs: Outp
     return np.array(spans, dtype=np.int32)
 
 
-def _encode_sound(job: FilmJob, shots_S2: np.ndarray, outputs: Outputs) -> None:
+def _encode_sound(film: Path, shots_S2: np.ndarray, outputs: Outputs) -> None:
     listening = of_kind(outputs, "sound")
     if not listening:
         return
-    for sound in read_ahead(read_sound(job.film, shots_S2)):
+    for sound in read_ahead(read_sound(film, shots_S2)):
         for output in listening:
             output.add(sound)

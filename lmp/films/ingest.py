@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import shutil
-import unicodedata
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -26,27 +23,9 @@ from lmp.films.cuts import MIN_SHOT_S
 from lmp.films.detectors import DEFAULT, build_finder
 from lmp.films.encoders import build_encoders, describe
 from lmp.films.film import FilmJob, FilmResult, Tools, read_film
+from lmp.films.sources import Film, check_keys, expand
 from lmp.films.speech import build_speech
 
-FILM_SUFFIXES = frozenset(
-    {
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-    }
-)
 _AHEAD = 2  # films under way or waiting to be written, per worker
 
 
@@ -57,53 +36,19 @@ class IngestReport:
     Attributes:
         films, shots: written.
         quality: modality (MODALITY/ENCODER where several are joined) -> what is odd -> in how many shots.
-        failures: film, what is wrong with it, what to do; in order of the input.
+        failures: film (or tar), what is wrong with it, what to do; tars first, films in order.
         refused: films on the list of those to leave out.
     """
 
     films: int = 0
     shots: int = 0
-    refused: list[Path] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     quality: dict[str, Counter[str]] = field(default_factory=dict)
-    failures: list[tuple[Path, str, str]] = field(default_factory=list)
-
-
-def expand(paths: Iterable[Path]) -> list[Path]:
-    """Films as given, folders replaced by the films in them, sorted by name.
-
-    Raises:
-        UserError: a path that is not there, a folder without films, or nothing at all.
-    """
-    films: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in FILM_SUFFIXES and not p.name.startswith(".")
-            )
-            if not inside:
-                raise UserError(f"{path} holds no film", remedy=f"give films ({', '.join(sorted(FILM_SUFFIXES))})")
-            films += inside
-        elif path.exists():
-            films.append(path)
-        else:
-            raise UserError(f"there is no film {path}", remedy="check the path")
-    if not films:
-        raise UserError("no films were given", remedy="name films, or folders of films")
-    return films
-
-
-def key_of(film: Path) -> str:
-    """The key of a film: its stem in plain letters, digits, _ and -, at most 80 of them."""
-    plain = unicodedata.normalize("NFKD", film.stem).encode("ascii", "ignore").decode()
-    key = re.sub(r"[^A-Za-z0-9_-]+", "-", plain)
-    if re.search("[A-Za-z0-9]", key) and len(key) <= 80:
-        return key
-    # Nothing readable is left, or too much: the digest keeps names apart.
-    return f"{key[:60] if len(key) > 80 else 'film'}-{hashlib.sha256(film.stem.encode()).hexdigest()[:10]}"
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 def ingest(
-    films: Sequence[Path],
+    films: Iterable[str | Path | Film],
     out: Path,
     *,
     encoders: Mapping[str, str],
@@ -127,7 +72,7 @@ def ingest(
     none can, nothing is written.
 
     Args:
-        films: files, or folders of films.
+        films: files, folders, tars or lists of films, see `expand`.
         out: folder for the shards.
         encoders: modality -> base encoder, such as {"video": "signal", "text": "/models/bart"}.
         shot_lists: folder with one list per film (see `find_shot_list`), or the list of the only film;
@@ -140,18 +85,21 @@ def ingest(
             done in this one.
         films_per_shard: films in a tar file.
         overwrite: replace shards that `out` holds.
-        leave_out: films that are refused, by their file's name (without suffix) or key.
+        leave_out: films that are refused, by their file's name (without suffix), key, or an id in their record.
         device: where the networks run, such as "cuda".
         progress: show a progress bar.
 
     Raises:
         UserError: films that are not there or share a key, an unknown encoder, a folder `out` in use.
     """
-    report = IngestReport()
-    wanted: list[Path] = []
-    for film in expand(films):
-        refused = leave_out is not None and (leave_out.names(film.stem) or leave_out.names(key_of(film)))
-        (report.refused if refused else wanted).append(film)
+    found = expand(films)
+    report = IngestReport(failures=[*found.failures])
+    wanted: list[Film] = []
+    for film in found.films:
+        if leave_out is not None and (leave_out.names(film.file.stem) or leave_out.names(film.key, film.info)):
+            report.refused.append(str(film))
+        else:
+            wanted.append(film)
     specs = _Specs(dict(encoders), device, None if shot_lists is not None else detector, min_shot_s, speech)
     # With several workers these only describe; each worker builds its own.
     built = _build(specs if workers == 1 else specs._replace(device="cpu"))
@@ -177,7 +125,7 @@ def ingest(
 
 
 def _jobs(
-    films: list[Path],
+    films: list[Film],
     shot_lists: Path | None,
     subtitles: Path | None,
     workers: int,
@@ -190,28 +138,24 @@ def _jobs(
         raise UserError(f"{subtitles} is no folder of subtitles", remedy="give a folder")
     if shot_lists is not None and not (shot_lists.is_dir() or (shot_lists.is_file() and len(films) == 1)):
         raise UserError(f"{shot_lists} is no folder of shot lists", remedy="give a folder, or one list for one film")
-    seen: dict[str, Path] = {}
-    for film in films:
-        if (other := seen.setdefault(key_of(film), film)) is not film:
-            raise UserError(f"{other} and {film} would share the key {key_of(film)}", remedy="rename one")
+    check_keys(films)
     threads = 0 if workers == 1 else 1
     return [
-        FilmJob(film, key, shot_lists, subtitles, threads, folder / f"{key}.safetensors", settings)
-        for key, film in seen.items()
+        FilmJob(film, shot_lists, subtitles, threads, folder / f"{film.key}.safetensors", settings) for film in films
     ]
 
 
 def _write(writer: ShardWriter, job: FilmJob, done: FilmResult, report: IngestReport) -> None:
     if done.fault is not None or done.shots_S2 is None:
         problem, remedy = done.fault or (f"{job.film} gave no shots", "give a whole film")
-        report.failures.append((job.film, problem, remedy))
+        report.failures.append((str(job.film), problem, remedy))
         return
     features = {name: torch.from_numpy(array) for name, array in done.features.items()}
     valid = {name: torch.from_numpy(array) for name, array in done.valid.items()}
     try:
-        writer.write(FilmRecord(job.key, done.info, done.shots_S2, features, valid))
+        writer.write(FilmRecord(job.film.key, done.info, done.shots_S2, features, valid))
     except UserError as error:
-        report.failures.append((job.film, error.problem, error.remedy))
+        report.failures.append((str(job.film), error.problem, error.remedy))
         return
     report.films += 1
     report.shots += len(done.shots_S2)

@@ -19,9 +19,8 @@ FOLDER = ".lmp-films"
 """Hidden folder beside the shards to be; gone when they are published."""
 
 
-def signature(settings: Mapping[str, Any], files: list[Path | None]) -> str:
-    """Changes with the settings, with the version of lmp, and with size or time of any of the files."""
-    seen = [None if f is None else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+def signature(settings: Mapping[str, Any], seen: list[Any]) -> str:
+    """Changes with the settings, with the version of lmp, and with what was seen of the film and its files."""
     told = json.dumps([lmp.__version__, settings, seen], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 

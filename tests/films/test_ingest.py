@@ -19,7 +19,7 @@ from lmp.errors import UserError
 from lmp.films import ingest as room
 from lmp.films.detectors import build_finder
 from lmp.films.film import FilmJob, FilmResult
-from lmp.films.ingest import expand, ingest, key_of
+from lmp.films.ingest import ingest
 from lmp.films.synthetic import FilmSettings, make_films
 
 SIGNAL = {"video": "signal", "audio": "signal", "text": "signal"}
@@ -63,13 +63,13 @@ def test_given_lists_are_followed(films: Path, tmp_path: Path) -> None:
     assert index.keys == ["film-0000"]
     assert index.info(0)["shots_from"] == {"list": "film-0000.txt"}
     assert index.read(0, 0, 2).shots_N2.tolist() == [[0, 1000], [1000, 3333]]
-    assert [path.name for path, _, _ in report.failures] == ["film-0001.mp4", "film-0002.mp4"]
+    assert [Path(film).name for film, _, _ in report.failures] == ["film-0001.mp4", "film-0002.mp4"]
 
 
 def test_films_on_the_list_are_refused(films: Path, tmp_path: Path) -> None:
     leave_out = LeaveOut(frozenset({"film-0000", "film-0002"}), ("test.txt",))
     report = ingest([films], tmp_path / "out", encoders=SIGNAL, leave_out=leave_out, progress=False)
-    assert [path.stem for path in report.refused] == ["film-0000", "film-0002"]
+    assert [Path(film).stem for film in report.refused] == ["film-0000", "film-0002"]
     assert FilmIndex.load(tmp_path / "out").keys == ["film-0001"]
 
 
@@ -82,8 +82,8 @@ def test_broken_films_and_subtitles_are_reported(films: Path, tmp_path: Path) ->
     (mixed / "c.mp4").write_text("text\n" * 100)
     report = ingest([mixed], tmp_path / "out", encoders=SIGNAL, workers=2, progress=False)
     assert report.films == 1
-    assert [path.name for path, _, _ in report.failures] == ["b.mp4", "c.mp4"]
-    assert all(path.stem in problem and remedy for path, problem, remedy in report.failures)
+    assert [Path(film).name for film, _, _ in report.failures] == ["b.mp4", "c.mp4"]
+    assert all(Path(film).stem in problem and remedy for film, problem, remedy in report.failures)
     index = FilmIndex.load(tmp_path / "out")
     assert index.keys == ["a"]
     assert index.info(0)["subtitles"] is None
@@ -103,14 +103,14 @@ def test_a_film_cut_short_is_refused(films: Path, tmp_path: Path) -> None:
                 target.mux(packet)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     report = ingest([cut, whole], tmp_path / "out", encoders=SIGNAL, progress=False)
-    assert [path.name for path, _, _ in report.failures] == ["cut.mkv"]
+    assert [Path(film).name for film, _, _ in report.failures] == ["cut.mkv"]
     assert "breaks off" in report.failures[0][1]
     assert FilmIndex.load(tmp_path / "out").keys == ["whole"]
 
 
 def dies_on_b(job: FilmJob) -> FilmResult:
     """Stands in for `_work`; the spawned process has the real one under its own name."""
-    if job.key == "b":
+    if job.film.key == "b":
         os._exit(1)
     return room._work(job)
 
@@ -122,7 +122,7 @@ def test_a_film_that_ends_its_process_costs_no_other(
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         shutil.copy(films / "film-0000.mp4", tmp_path / name)
     report = ingest([tmp_path], tmp_path / "out", encoders={"video": "signal"}, workers=2, progress=False)
-    assert [path.name for path, _, _ in report.failures] == ["b.mp4"]
+    assert [Path(film).name for film, _, _ in report.failures] == ["b.mp4"]
     assert FilmIndex.load(tmp_path / "out").keys == ["a", "c"]
 
 
@@ -141,18 +141,4 @@ def test_what_can_be_known_before_is_said_before(films: Path, tmp_path: Path) ->
         ingest([films, other], tmp_path / "out", encoders=SIGNAL, progress=False)
     with pytest.raises(UserError, match="sginal"):
         ingest([films], tmp_path / "out", encoders={"video": "sginal"}, progress=False)
-    with pytest.raises(UserError, match="nowhere"):
-        expand([tmp_path / "nowhere.mp4"])
     assert not (tmp_path / "out").exists()
-
-
-def test_folders_expand_in_order(films: Path) -> None:
-    assert [path.name for path in expand([films])] == [f"film-000{i}.mp4" for i in range(3)]
-
-
-def test_keys_are_safe() -> None:
-    assert key_of(Path("x/Amélie (2001).mkv")) == "Amelie-2001-"
-    assert key_of(Path("-abc_9.mp4")) == "-abc_9"
-    japanese, long = key_of(Path("映画.mp4")), key_of(Path("a" * 200 + ".mp4"))
-    assert japanese.startswith("film-") and japanese != key_of(Path("東京.mp4"))
-    assert len(long) <= 80

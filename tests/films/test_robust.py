@@ -19,6 +19,7 @@ from lmp.films import kept  # noqa: E402
 from lmp.films.encoders.vggish import VGGish  # noqa: E402
 from lmp.films.ingest import ingest  # noqa: E402
 from lmp.films.media import Sampling, read_pictures, read_sound  # noqa: E402
+from lmp.films.sources import Source  # noqa: E402
 from tests.films.recipes import seeded_weights  # noqa: E402
 
 SIGNAL = {"video": "signal", "audio": "signal", "text": "signal"}
@@ -123,7 +124,7 @@ def test_damage_in_the_middle_costs_the_film_or_nothing(tmp_path: Path) -> None:
     path.write_bytes(data)
     good = write(tmp_path / "good.mkv", levels=(0.1,) * 4)
     report = ingest([path, good], tmp_path / "out", encoders=SIGNAL, progress=False)
-    failed = {path.stem for path, _, _ in report.failures}
+    failed = {Path(film).stem for film, _, _ in report.failures}
     assert {*FilmIndex.load(tmp_path / "out").keys, *failed} == {"damaged", "good"} and "good" not in failed
     assert all("damaged.mkv" in problem and "\n" not in problem for _, problem, _ in report.failures)
 
@@ -148,10 +149,10 @@ def test_an_interrupted_ingest_goes_on_where_it_was(tmp_path: Path, monkeypatch:
     honest = room.encode_film
 
     def watched(job, *rest):
-        if job.key == "b" and not read[1:]:
-            read.append(job.key)
+        if job.film.key == "b" and not read[1:]:
+            read.append(job.film.key)
             raise KeyboardInterrupt
-        read.append(job.key)
+        read.append(job.film.key)
         return honest(job, *rest)
 
     monkeypatch.setattr(room, "encode_film", watched)
@@ -164,14 +165,14 @@ def test_an_interrupted_ingest_goes_on_where_it_was(tmp_path: Path, monkeypatch:
 
 
 def test_a_film_that_changed_is_read_again(tmp_path: Path) -> None:
-    path, film = tmp_path / "kept" / "a.safetensors", tmp_path / "film"
-    film.write_bytes(b"1")
-    sign = kept.signature({"video": 1}, [film, None])
+    path, film = tmp_path / "kept" / "a.safetensors", Source.of(tmp_path / "film")
+    (tmp_path / "film").write_bytes(b"1")
+    sign = kept.signature({"video": 1}, [film.state(), None])
     kept.save(path, sign, {"title": "a"}, {"shots": np.arange(4).reshape(2, 2)})
     found = kept.load(path, sign)
     assert found is not None and found[0] == {"title": "a"} and found[1]["shots"].tolist() == [[0, 1], [2, 3]]
-    film.write_bytes(b"22")
-    assert kept.load(path, kept.signature({"video": 1}, [film, None])) is None
-    assert kept.load(path, kept.signature({"video": 2}, [film, None])) is None
+    (tmp_path / "film").write_bytes(b"22")
+    assert kept.load(path, kept.signature({"video": 1}, [film.state(), None])) is None
+    assert kept.load(path, kept.signature({"video": 2}, [film.state(), None])) is None
     path.write_bytes(path.read_bytes()[:-3])
     assert kept.load(path, sign) is None
