@@ -137,6 +137,8 @@ def _measure_items(task: Task, trunk: Trunk, videos: Videos, *, labels: Path, se
                 outputs.append(output)
                 result.chosen.setdefault(name, []).append(float(chosen))
             found.setdefault(name, []).append(task.scores(items, tested, np.concatenate(outputs)))
+            if name == "model" and seed == 0:
+                result.submission = task.submission(items, tested, np.concatenate(outputs))
     blind_outputs = np.concatenate([constant(task, items, part) for part in split])
     found["constant"] = [task.scores(items, tested, blind_outputs)]
     result.rows = _rows(found)

@@ -31,6 +31,7 @@ class TaskResult:
         rows: contender -> score's name -> mean and deviation over seeds.
         chosen: contender -> what val chose under each seed (strength of the penalty, or epoch).
         notes: what else matters to who reads the scores.
+        submission: what the benchmark's own toolkit scores, of the model under the first seed.
     """
 
     task: str
@@ -42,6 +43,7 @@ class TaskResult:
     rows: dict[str, dict[str, Score]] = field(default_factory=dict)
     chosen: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    submission: dict[str, Any] | None = None
 
 
 @dataclass
@@ -65,10 +67,15 @@ class TaskReport:
 
 
 def write_task_report(report: TaskReport, out: Path) -> Path:
-    """Write report.md, results.json and tasks.png into `out`; returns the path of report.md."""
+    """Write report.md, results.json, tasks.png and TASK.submission.json into `out`; returns the path of report.md."""
     out.mkdir(parents=True, exist_ok=True)
     plot_tasks(report.results, out / "tasks.png")
-    (out / "results.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    facts = asdict(report)
+    for result in facts["results"]:
+        if (submission := result.pop("submission")) is not None:
+            path = out / f"{result['task'].replace('/', '-')}.submission.json"
+            path.write_text(json.dumps(submission) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     path = out / "report.md"
     path.write_text(render_tasks(report), encoding="utf-8")
     return path

@@ -284,9 +284,6 @@ def test_muses_reads_and_scores_activitynet(tmp_path: Path) -> None:
     # kiss is exact; run is [50, 70] for [55, 66]: tIoU 0.55.
     assert perfect["mAP@0.5"] == 1.0
     assert perfect["mAP@0.6"] == 0.5
-    results = task.results(items, chosen, 20 * target - 10)
-    muses.write_results(tmp_path / "r.json", results)
-    assert json.loads((tmp_path / "r.json").read_text())["results"]["b"][0].keys() == {"label", "segment", "score"}
 
 
 def test_soundtrack_galleries_are_of_one_size_and_seeded() -> None:
@@ -404,6 +401,23 @@ def test_boundaries_leave_each_film_out(genre: SimpleNamespace, tmp_path: Path) 
     assert result["n"] == 4
     assert len(result["chosen"]["model"]) == 4
     assert 0 < result["rows"]["constant"]["AP"]["mean"] < 0.3
+
+
+def test_a_benchmarks_own_file_and_no_rivals(genre: SimpleNamespace, tmp_path: Path) -> None:
+    events = [{"label": "kiss", "segment": [20, 40]}]
+    database = {
+        name: {"subset": subset, "duration": 120, "annotations": events}
+        for name, subset in zip(genre.names, ["training"] * 6 + ["validation"] * 2, strict=False)
+    }
+    (tmp_path / "annotations.json").write_text(json.dumps({"database": database}))
+    words = [str(genre.model), str(genre.shards), "--task", "muses", "--labels", str(tmp_path), "--seeds", "1"]
+    assert main(["evaluate", *words, "--model-only", "--out", str(tmp_path / "out")]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert set(result["rows"]) == {"model", "constant"}
+    found = json.loads((tmp_path / "out" / "muses.submission.json").read_text())
+    assert found["results"].keys() == set(genre.names[6:8])
+    first = found["results"][genre.names[6]][0]
+    assert first["label"] == "kiss" and 0 <= first["segment"][0] < first["segment"][1] <= 120
 
 
 def test_mistakes_are_told(genre: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,6 +235,10 @@ class Task(ABC):
     def outputs(self, items: Items) -> int:
         """C, the numbers that the head gives for an item."""
 
+    def submission(self, items: Items, chosen: np.ndarray, output_IC: np.ndarray) -> dict[str, Any] | None:
+        """What the benchmark's own toolkit scores, as JSON; None where it has no such file. Arguments as `scores`."""
+        return None
+
     def tested(self, items: Items, chosen: np.ndarray) -> int:
         """n: the things that a score is a mean over; here groups."""
         return len(np.unique(items.group_I[chosen]))

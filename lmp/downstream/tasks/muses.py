@@ -51,12 +51,6 @@ def proposals(score_S: np.ndarray, shots_S2: np.ndarray) -> tuple[np.ndarray, np
     return spans_N2[kept], score_N[kept]
 
 
-def write_results(path: Path, results: dict[str, list[Result]]) -> None:
-    """ActivityNet's result file, which its toolkit scores."""
-    content = {"version": "VERSION 1.3", "results": results, "external_data": {"used": True, "details": "lmp"}}
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
 class EventLocalisation(Task):
     """Events of films."""
 
@@ -106,6 +100,11 @@ class EventLocalisation(Task):
             for one in listed:
                 found[one["label"]].append((video, *one["segment"], one["score"]))
         return detection_map(truth, found)
+
+    def submission(self, items: Items, chosen: np.ndarray, output_IC: np.ndarray) -> dict[str, Any]:
+        """ActivityNet's result file, which its toolkit scores."""
+        results = self.results(items, chosen, output_IC)
+        return {"version": "VERSION 1.3", "results": results, "external_data": {"used": True, "details": "lmp"}}
 
     def results(self, items: Items, chosen: np.ndarray, output_IC: np.ndarray) -> dict[str, list[Result]]:
         """Video -> predictions, the best `TOP` of all classes."""
