@@ -28,15 +28,15 @@ def films_table(index: FilmIndex, count: int) -> Table:
         valid = [f"{found.valid[name].numpy().mean():.3f}" for name in index.modalities]
         end_ms = int(found.shots_N2[-1, 1])
         title = " ".join(str(index.info(film).get("title", "")).split())
-        rows.append([index.keys[film], str(int(index.shots[film])), _clock(end_ms), title, *valid])
+        rows.append([index.keys[film], str(int(index.shots[film])), clock(end_ms), title, *valid])
     return Table(["key", "shots", "duration", "title", *(f"{name} valid" for name in index.modalities)], rows)
 
 
-def shots_table(index: FilmIndex, key: str, count: int | None = None) -> Table:
-    """Number, start, end, valid modalities and the norm of each feature of a film's shots.
+def film_of(index: FilmIndex, key: str) -> int:
+    """The number of a film.
 
     Raises:
-        UserError: there is no such film.
+        UserError: there is none with this key, or it is quarantined.
     """
     if key not in index.keys:
         out = {k: reason for m in index.manifests for k, reason in m["quarantined"].items()}
@@ -45,7 +45,16 @@ def shots_table(index: FilmIndex, key: str, count: int | None = None) -> Table:
         close = difflib.get_close_matches(key, index.keys, n=1)
         remedy = f"did you mean {close[0]}?" if close else "`lmp data head` without --film shows keys"
         raise UserError(f"{', '.join(index.folders)} has no film {key}", remedy=remedy)
-    film = index.keys.index(key)
+    return index.keys.index(key)
+
+
+def shots_table(index: FilmIndex, key: str, count: int | None = None) -> Table:
+    """Number, start, end, valid modalities and the norm of each feature of a film's shots.
+
+    Raises:
+        UserError: there is no such film.
+    """
+    film = film_of(index, key)
     shots = int(index.shots[film])
     found = index.read(film, 0, min(count or shots, shots))
     norms = {
@@ -55,9 +64,7 @@ def shots_table(index: FilmIndex, key: str, count: int | None = None) -> Table:
     rows = []
     for shot, (start, end) in enumerate(found.shots_N2.tolist()):
         valid = [name for name in index.modalities if found.valid[name][shot]]
-        rows.append(
-            [str(shot), _clock(start), _clock(end), " ".join(valid), *(f"{n[shot]:.4g}" for n in norms.values())]
-        )
+        rows.append([str(shot), clock(start), clock(end), " ".join(valid), *(f"{n[shot]:.4g}" for n in norms.values())])
     return Table(["shot", "start", "end", "valid", *(f"{name} norm" for name in norms)], rows)
 
 
@@ -77,6 +84,7 @@ def show(table: Table) -> None:
     console.print(drawn)
 
 
-def _clock(milliseconds: int) -> str:
+def clock(milliseconds: int) -> str:
+    """H:MM:SS.mmm."""
     seconds, rest = divmod(milliseconds, 1000)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest:03}"

@@ -13,8 +13,8 @@ from lmp.films.encoders import Encoder
 from lmp.films.media import Sampling
 
 _BATCH, _BATCH_BYTES = 32, 64 << 20  # shots whose pictures or sound are held at once, and their size
-_SILENT = 1e-4  # loudest sample: -80 dB
-_BLACK = 16  # brightest sample of a frame's colours; video's own black is 16
+SILENT = 1e-4  # loudest sample: -80 dB
+BLACK = 16  # brightest sample of a frame's colours; video's own black is 16
 
 
 class Output:
@@ -43,9 +43,9 @@ class Output:
         """Picture, sound or words of the next shot."""
         self._waiting.append(shot)
         self._bytes += getattr(shot, "nbytes", 0)
-        if self.encoder.kind == "sound" and len(shot) and np.abs(shot).max() < _SILENT:
+        if self.encoder.kind == "sound" and len(shot) and np.abs(shot).max() < SILENT:
             self.odd["silent"] += 1
-        if self.encoder.kind == "picture" and shot.max() <= _BLACK:
+        if self.encoder.kind == "picture" and shot.max() <= BLACK:
             self.odd["black"] += 1
         if len(self._waiting) == _BATCH or self._bytes >= _BATCH_BYTES:
             self._encode()
