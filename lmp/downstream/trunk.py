@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lmp.data.index import FilmIndex
+from lmp.data.stats import read_times_and_valid
 from lmp.downstream.features import run_lengths, run_positions, seen_features
 from lmp.errors import UserError
 from lmp.model import LmpConfig, LmpModel
@@ -47,15 +48,22 @@ class Window:
 
 
 class Films:
-    """The films of an index, read whole and kept while they are in use."""
+    """The films of an index, read whole and kept while they are in use.
+
+    Attributes:
+        read: film -> shots, features, valid bits.
+        shots: film -> shots alone.
+    """
 
     def __init__(self, index: FilmIndex, *, kept: int = 256) -> None:
         self.index = index
         self.read = lru_cache(kept)(self._read)
+        self.shots = lru_cache(None)(self._shots)
 
-    def shots(self, film: int) -> np.ndarray:
-        """int64 [S, 2], milliseconds."""
-        return self.read(film)[0]
+    def _shots(self, film: int) -> np.ndarray:
+        """int64 [S, 2], milliseconds; no feature is read."""
+        (times,) = read_times_and_valid(self.index, [film])
+        return times.shots_N2.numpy().astype(np.int64)
 
     def _read(self, film: int) -> tuple[np.ndarray, dict[str, Tensor], dict[str, Tensor]]:
         count = int(self.index.shots[film])
