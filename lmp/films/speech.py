@@ -91,7 +91,7 @@ class Whisper:
         config = saved.load(transformers.AutoConfig, self._source, role=role)
         if config.model_type != "whisper":
             raise UserError(f"{source} is a {config.model_type} model, not whisper", remedy="give a Whisper model")
-        model = saved.load(transformers.WhisperForConditionalGeneration, self._source, role=role)
+        model = saved.load_model(transformers.WhisperForConditionalGeneration, self._source, role=role)
         self._model = model.to(device, torch.float32).eval().requires_grad_(False)
         self._tokenizer = saved.load(transformers.AutoTokenizer, self._source, role=role)
         self._extractor = saved.load(transformers.AutoFeatureExtractor, self._source, role=role)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ def find(source: str, *, role: str) -> tuple[str, str]:
     return source, source
 
 
-def load(auto: Any, source: str, *, role: str) -> Any:
+def load(auto: Any, source: str, *, role: str, **options: Any) -> Any:
     """What a class of transformers makes of a folder or name.
 
     Raises:
         UserError: files that are missing or broken, or a package that the model needs and that is not installed.
     """
     try:
-        return auto.from_pretrained(source)
+        return auto.from_pretrained(source, **options)
     # Loaders raise OSError for missing files, and ValueError, KeyError and more for bad ones.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -45,6 +46,32 @@ def load(auto: Any, source: str, *, role: str) -> Any:
             f"{lines[0] if lines else type(error).__name__}",
             remedy=remedy,
         ) from error
+
+
+def load_model(auto: Any, source: str, *, role: str, part: Callable[[Any], Any] = lambda model: model) -> Any:
+    """A model, or the part of it that is wanted, with every weight from its files.
+
+    Files of a masked language model or a classifier have no pooler: it is taken out, for transformers would fill it
+    with random numbers. The mask of wav2vec 2.0's training may be missing too; nothing is masked here.
+
+    Raises:
+        UserError: as `load`, or other weights are missing.
+    """
+    model, told = load(auto, source, role=role, output_loading_info=True)
+    lost = {id(model.state_dict(keep_vars=True).get(name)) for name in told["missing_keys"]}
+    wanted = part(model)
+    names = [name for name, tensor in wanted.state_dict(keep_vars=True).items() if id(tensor) in lost]
+    if any(name.startswith("pooler.") for name in names):
+        wanted.pooler = None
+    for name in names:
+        if name.endswith("masked_spec_embed"):
+            wanted.get_parameter(name).data.zero_()
+        elif not name.startswith("pooler."):
+            raise UserError(
+                f"the {role} {source} lacks weights of a {wanted.config.model_type} model: {name}",
+                remedy="give the files that were published with the model",
+            )
+    return wanted
 
 
 def read_json(source: str, name: str) -> Any:

@@ -79,14 +79,16 @@ class TransformersEncoder:
         self.tokens = tokens
         self._batch_size = batch_size
         self._source, self.name = saved.find(source, role=self._role)
-        model = self._load(transformers.AutoModel)
-        self._model_type = str(model.config.model_type)
+        self._model_type = str(self._load(transformers.AutoConfig).model_type)
         if family is not None and self._model_type not in FAMILIES.get(family, (family,)):
             raise UserError(
                 f"{source} is a {self._model_type} model, not {family}",
                 remedy=f"write {kind}:{source}, or give the folder of a {family} model",
             )
-        self._model = _tower(model, kind).to(device, torch.float32).eval().requires_grad_(False)
+        model = saved.load_model(
+            transformers.AutoModel, self._source, role=self._role, part=lambda model: _tower(model, kind)
+        )
+        self._model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.version = saved.version(self._model, self._source)
         texts = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "prefix": prefix}
         self._input = self._input_of(frames, texts)

@@ -64,6 +64,8 @@ class Words(Input):
     def __init__(self, model: Any, tokenizer: Any, sentences: Sentences) -> None:
         super().__init__(model, width=int(model.config.hidden_size))
         self._tokenizer, self._sentences = tokenizer, sentences
+        # Padding on the left would move the words of models that count positions from there.
+        tokenizer.padding_side = "right"
         self._longest = min(_longest_text(tokenizer, model.config), sentences.longest or _NO_LIMIT)
         self.pooling = sentences.pooling
         self.per_piece = sentences.pooling != "mean" or bool(sentences.prefix)
