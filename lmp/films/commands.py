@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmp.errors import EXIT_DONE, EXIT_USER, UserError
+
+if TYPE_CHECKING:
+    from lmp.films.ingest import IngestReport
 
 
 def register(commands: Any) -> None:
     """Add `lmp ingest` to the subparsers of `lmp`."""
     ingest = commands.add_parser("ingest", help="films become shards of features")
+    add_options(ingest)
+    ingest.set_defaults(run=_ingest)
+
+
+def add_options(ingest: argparse.ArgumentParser) -> None:
+    """Add the films and the options of an ingest."""
     ingest.add_argument(
         "films",
         nargs="+",
@@ -45,7 +54,6 @@ def register(commands: Any) -> None:
     ingest.add_argument("--workers", type=int, default=1)
     ingest.add_argument("--device", default="cpu", help="where the networks run, such as cuda")
     ingest.add_argument("--overwrite", action="store_true")
-    ingest.set_defaults(run=_ingest)
 
 
 def encoders_of(specs: list[str]) -> dict[str, str]:
@@ -63,6 +71,38 @@ def encoders_of(specs: list[str]) -> dict[str, str]:
     return encoders
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of how films become features, as arguments of `lmp.films.ingest.ingest`.
+
+    Raises:
+        UserError: options that contradict each other, or an --encoder that is not NAME=SPEC.
+    """
+    finding = {"detector": arguments.detector, "min_shot_s": arguments.min_shot}
+    finding = {name: value for name, value in finding.items() if value is not None}
+    if arguments.shots is not None and finding:
+        raise UserError("--shots gives the shots, --detector and --min-shot find them", remedy="leave one of them out")
+    return {
+        "encoders": encoders_of(arguments.encoder),
+        "shot_lists": arguments.shots,
+        **finding,
+        "subtitles": arguments.subtitles,
+        "speech": arguments.speech,
+        "device": arguments.device,
+    }
+
+
+def tell(report: IngestReport, out: Path) -> int:
+    """Print what came of an ingest; returns the exit code."""
+    for film in report.refused:
+        print(f"refused {film}: it is on the list of films to leave out")
+    print(f"{report.films} films, {report.shots} shots" + (f" -> {out}" if report.films else ""))
+    for name, counts in sorted(report.quality.items()):
+        print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+    for film, problem, remedy in report.failures:
+        print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
+    return EXIT_USER if report.failures else EXIT_DONE
+
+
 def _ingest(arguments: argparse.Namespace) -> int:
     from lmp.data.leave_out import LeaveOut
 
@@ -71,28 +111,12 @@ def _ingest(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed", remedy="pip install 'lmp[films]'") from error
 
-    finding = {"detector": arguments.detector, "min_shot_s": arguments.min_shot}
-    finding = {name: value for name, value in finding.items() if value is not None}
-    if arguments.shots is not None and finding:
-        raise UserError("--shots gives the shots, --detector and --min-shot find them", remedy="leave one of them out")
     report = ingest(
         arguments.films,
         arguments.out,
-        encoders=encoders_of(arguments.encoder),
-        shot_lists=arguments.shots,
-        **finding,
-        subtitles=arguments.subtitles,
-        speech=arguments.speech,
+        **settings_of(arguments),
         workers=arguments.workers,
         overwrite=arguments.overwrite,
         leave_out=LeaveOut.read(arguments.leave_out),
-        device=arguments.device,
     )
-    for film in report.refused:
-        print(f"refused {film}: it is on the list of films to leave out")
-    print(f"{report.films} films, {report.shots} shots" + (f" -> {arguments.out}" if report.films else ""))
-    for name, counts in sorted(report.quality.items()):
-        print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
-    for film, problem, remedy in report.failures:
-        print(f"error: skipped {film}: {problem} -> {remedy}", file=sys.stderr)
-    return EXIT_USER if report.failures else EXIT_DONE
+    return tell(report, arguments.out)

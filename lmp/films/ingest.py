@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -45,6 +45,22 @@ class IngestReport:
     refused: list[str] = field(default_factory=list)
     quality: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, part: IngestReport) -> None:
+        """Count what came of further films."""
+        self.films += part.films
+        self.shots += part.shots
+        self.refused += part.refused
+        for name, counts in part.quality.items():
+            self.quality.setdefault(name, Counter()).update(counts)
+        self.failures += part.failures
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> IngestReport:
+        """A report that was written as JSON, from its __dict__."""
+        quality = {name: Counter(counts) for name, counts in told["quality"].items()}
+        failures = [(film, problem, remedy) for film, problem, remedy in told["failures"]]
+        return cls(**{**told, "quality": quality, "failures": failures})
 
 
 def ingest(
@@ -92,14 +108,7 @@ def ingest(
     Raises:
         UserError: films that are not there or share a key, an unknown encoder, a folder `out` in use.
     """
-    found = expand(films)
-    report = IngestReport(failures=[*found.failures])
-    wanted: list[Film] = []
-    for film in found.films:
-        if leave_out is not None and (leave_out.names(film.file.stem) or leave_out.names(film.key, film.info)):
-            report.refused.append(str(film))
-        else:
-            wanted.append(film)
+    wanted, report = choose(films, leave_out)
     specs = _Specs(dict(encoders), device, None if shot_lists is not None else detector, min_shot_s, speech)
     # With several workers these only describe; each worker builds its own.
     built = _build(specs if workers == 1 else specs._replace(device="cpu"))
@@ -124,6 +133,47 @@ def ingest(
     return report
 
 
+def choose(films: Iterable[str | Path | Film], leave_out: LeaveOut | None) -> tuple[list[Film], IngestReport]:
+    """The films to be read, all with their own keys, and what there is to report before that.
+
+    Raises:
+        UserError: as `expand`, or two films that share a key.
+    """
+    found = expand(films)
+    report = IngestReport(failures=[*found.failures])
+    wanted: list[Film] = []
+    for film in found.films:
+        if leave_out is not None and (leave_out.names(film.file.stem) or leave_out.names(film.key, film.info)):
+            report.refused.append(str(film))
+        else:
+            wanted.append(film)
+    check_keys(wanted)
+    return wanted, report
+
+
+def check(
+    films: Sequence[Film],
+    *,
+    encoders: Mapping[str, str],
+    shot_lists: Path | None = None,
+    detector: str = DEFAULT,
+    min_shot_s: float = MIN_SHOT_S,
+    subtitles: Path | None = None,
+    speech: str | None = None,
+    device: str = "cpu",
+) -> None:
+    """Raise UserError where `ingest` with these settings would before it reads a film; `device` is not looked at."""
+    _check_folders(films, shot_lists, subtitles)
+    _build(_Specs(dict(encoders), "cpu", None if shot_lists is not None else detector, min_shot_s, speech))
+
+
+def _check_folders(films: Sequence[Film], shot_lists: Path | None, subtitles: Path | None) -> None:
+    if subtitles is not None and not subtitles.is_dir():
+        raise UserError(f"{subtitles} is no folder of subtitles", remedy="give a folder")
+    if shot_lists is not None and not (shot_lists.is_dir() or (shot_lists.is_file() and len(films) == 1)):
+        raise UserError(f"{shot_lists} is no folder of shot lists", remedy="give a folder, or one list for one film")
+
+
 def _jobs(
     films: list[Film],
     shot_lists: Path | None,
@@ -134,11 +184,7 @@ def _jobs(
 ) -> list[FilmJob]:
     if workers < 1:
         raise UserError(f"{workers} workers cannot do anything", remedy="give at least 1")
-    if subtitles is not None and not subtitles.is_dir():
-        raise UserError(f"{subtitles} is no folder of subtitles", remedy="give a folder")
-    if shot_lists is not None and not (shot_lists.is_dir() or (shot_lists.is_file() and len(films) == 1)):
-        raise UserError(f"{shot_lists} is no folder of shot lists", remedy="give a folder, or one list for one film")
-    check_keys(films)
+    _check_folders(films, shot_lists, subtitles)
     threads = 0 if workers == 1 else 1
     return [
         FilmJob(film, shot_lists, subtitles, threads, folder / f"{film.key}.safetensors", settings) for film in films
