@@ -172,8 +172,14 @@ class _Frame:
     def scaled(self, look: Look) -> np.ndarray:
         """uint8 [height, width, 3]."""
         if look not in self._scaled:
-            self._scaled[look] = self._scaler.scale(self._frame, look)
+            self._scaled[look] = self._scaler.scale(self._frame, look) if look.pixels == "rgb24" else self._bgr(look)
         return self._scaled[look]
+
+    def _bgr(self, look: Look) -> np.ndarray:
+        """From red first: an encoder may well look at the very size in which cuts are found."""
+        import cv2
+
+        return cv2.cvtColor(self.scaled(look._replace(pixels="rgb24")), cv2.COLOR_RGB2BGR)
 
 
 class _Kept(NamedTuple):

@@ -89,7 +89,7 @@ class SignalPicture(_SignalEncoder):
     name = "signal-picture"
     width = ROWS * COLUMNS * (HUES + SATURATIONS + VALUES + EDGES + 1 + 3 + 1) + 2
     _frames = 4
-    height = 64
+    height = 72  # in which cuts are found by default, so that frames are scaled once for both
     _size = (96, 64)  # every frame is brought to this width and height, so that the grid divides it
 
     def _vector(self, shot: np.ndarray) -> Array:
