@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmp.data import commands_import
+from lmp.data import commands_import, commands_inspect
 from lmp.data.progress import bytes_bar
 from lmp.errors import EXIT_DONE, UserError
 
@@ -26,6 +26,7 @@ def register(data: Any) -> None:
     _quarantine_command(data)
     _stats_command(data)
     _head_command(data)
+    commands_inspect.register(data)
     _split_command(data)
     _reshard_command(data)
     commands_import.register(data)

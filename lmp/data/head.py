@@ -11,6 +11,8 @@ from lmp.data.index import FilmIndex
 from lmp.data.stats import read_times_and_valid
 from lmp.errors import UserError
 
+_WHOLE = 11  # characters of a field that a narrow terminal still shows: those of a time
+
 
 @dataclass
 class Table:
@@ -71,6 +73,7 @@ def shots_table(index: FilmIndex, key: str, count: int | None = None) -> Table:
 def show(table: Table) -> None:
     """Print to stdout: a drawn table on a terminal, else lines with tabs between the fields."""
     from rich.console import Console
+    from rich.table import Column
     from rich.table import Table as Drawn
     from rich.text import Text
 
@@ -78,7 +81,9 @@ def show(table: Table) -> None:
     if not console.is_terminal:
         print("\n".join("\t".join(row) for row in [table.names, *table.rows]))
         return
-    drawn = Drawn(*table.names)
+    longest = [max(map(len, column)) for column in zip(table.names, *table.rows, strict=True)]
+    # Numbers and times are never cut; texts give way.
+    drawn = Drawn(*(Column(name, min_width=min(n, _WHOLE)) for name, n in zip(table.names, longest, strict=True)))
     for row in table.rows:
         drawn.add_row(*(Text(field) for field in row))
     console.print(drawn)
