@@ -80,6 +80,10 @@ class LayoutDetector:
 
     def __init__(self, change: float = 8.0, jump: float = 2.5) -> None:
         """A cut changes the picture by `change` at least, and `jump` times as much as the two frames before it."""
+        try:
+            import cv2  # noqa: F401
+        except ImportError as error:
+            raise UserError("OpenCV is not installed", remedy="pip install 'lmp[films]'") from error
         self._change, self._jump = change, jump
 
     def describe(self) -> dict[str, Any]:

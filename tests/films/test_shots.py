@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("av")
 pytest.importorskip("scenedetect")
 
 from lmp.errors import UserError
+from lmp.films.cuts import Cut, ShotFinder
 from lmp.films.detectors import build_finder
 from lmp.films.media import read_pictures
 from lmp.films.shots import find_shot_list, read_shot_list
@@ -29,18 +31,76 @@ def score(found: list[int], true: list[int], tolerance: int) -> tuple[float, flo
     return hits / max(len(found), 1), recalled / len(true)
 
 
-def test_real_cuts_are_found(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Recorder:
+    """A detector that keeps the pictures it is shown, and finds nothing."""
+
+    look = build_finder().detector.look
+
+    def __init__(self) -> None:
+        self.pictures: list[np.ndarray] = []
+
+    @property
+    def undecided(self) -> int:
+        return len(self.pictures)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def start(self) -> Recorder:
+        return self
+
+    def feed(self, picture_HWC: np.ndarray) -> list[Cut]:
+        self.pictures.append(picture_HWC)
+        return []
+
+    def finish(self) -> list[Cut]:
+        return []
+
+
+class RealFilm(NamedTuple):
+    pictures: list[np.ndarray]
+    cuts: list[int]
+
+
+@pytest.fixture(scope="module")
+def real_film(real_data: Path) -> RealFilm:
     film = real_data / "films/tears_of_steel_battle.webm"
     listed = film.with_name("tears_of_steel_battle.shots.csv")
     if not (film.exists() and listed.exists()):
         pytest.skip("the real film is absent")
     with listed.open() as file:
-        true = [int(row["clip_start"]) for row in csv.DictReader(file)][1:]
-    precision, recall = score(cuts_of(film, 24), true, 1)
+        cuts = [int(row["clip_start"]) for row in csv.DictReader(file)][1:]
+    recorder = Recorder()
+    assert len(list(read_pictures(film, [], shots=ShotFinder(recorder)))) == 1
+    return RealFilm(recorder.pictures, cuts)
+
+
+@pytest.mark.parametrize(
+    ("detector", "least_recall", "most_extra"),
+    [
+        ("layout", 0.95, 5),
+        ("content", 0.95, 10),
+        ("hist", 0.90, 7),
+        ("hash", 0.80, 15),
+        ("adaptive", 0.70, 3),
+        ("threshold", 0.0, 0),  # which finds fades, and here are none
+    ],
+)
+def test_real_cuts_are_found(
+    real_film: RealFilm, detector: str, least_recall: float, most_extra: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list lacks the flashes of the battle, so some cuts more are found."""
+    starts, found = build_finder(detector).start(), []
+    for number, picture in enumerate(real_film.pictures):
+        found += starts.feed(number * 1000 / 24, picture)
+    found += starts.finish(len(real_film.pictures) * 1000 / 24)
+    cuts = [round(start_ms * 24 / 1000) for start_ms in found]
+    precision, recall = score(cuts, real_film.cuts, 1)
+    extra = round((1 - precision) * len(cuts)) if cuts else 0
     with capsys.disabled():
-        print(f"\n{film.name}: recall {recall:.3f}, precision {precision:.3f} at +-1 frame, {len(true)} cuts")
-    assert recall >= 0.95
-    assert precision >= 0.75  # the list lacks the flashes of the battle
+        print(f"\n{detector}: {recall * len(real_film.cuts):.0f} of {len(real_film.cuts)} cuts, {extra} more")
+    assert recall >= least_recall
+    assert extra <= most_extra
 
 
 def test_synthetic_cuts_are_found(tmp_path: Path) -> None:
