@@ -103,6 +103,16 @@ def test_vggish_is_torchvggishs(weights: Path) -> None:
     torch.testing.assert_close(features[2], encoder.encode([filled])[0][0], rtol=1e-4, atol=1e-5)
 
 
+def test_several_parts_of_the_sound_of_a_shot(weights: Path) -> None:
+    shots = [chirp(3.0), chirp(1.2)]
+    features, valid = _one("audio", f"vggish:{weights}/vggish.pt,tokens=3").encode([*shots, None])
+    assert features.shape == (3, 3, 128) and valid.tolist() == [True, True, False]
+    whole = _one("audio", f"vggish:{weights}/vggish.pt")
+    for shot, vectors in zip(shots, features, strict=False):
+        parts = whole.encode(np.array_split(shot, 3))[0][:, 0]
+        torch.testing.assert_close(vectors, parts, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["pca.pth", "pca.npz"])
 def test_vggish_with_the_published_whitening(weights: Path, name: str) -> None:
     encoder = _one("audio", f"vggish:{weights}/vggish.pt,pca={weights}/{name}")

@@ -158,10 +158,23 @@ def test_perception_encoder_of_pictures(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 def test_perception_encoder_of_pictures_says_what_it_needs(tmp_path: Path) -> None:
     perception_film().save_pretrained(tmp_path)
-    for modality in ("video", "audio"):
-        with pytest.raises(UserError, match="needs the package timm") as caught:
-            build_encoders({modality: str(tmp_path)})
-        assert "torchvision" in caught.value.remedy
+    with pytest.raises(UserError, match="needs the package timm") as caught:
+        one("video", f"pe_video:{tmp_path}")
+    assert "torchvision" in caught.value.remedy
+
+
+@torch.no_grad()
+def test_perception_encoder_of_sound_out_of_the_model_of_both(tmp_path: Path) -> None:
+    """The tower of sound alone is loaded, so timm is not needed."""
+    model = perception_film()
+    model.save_pretrained(tmp_path)
+    extractor = transformers.PeAudioFeatureExtractor(hop_length=128, sampling_rate=16000)
+    extractor.save_pretrained(tmp_path)
+    wave = chirp(0.4)
+    wanted = model.audio_model.get_audio_embeds(**extractor([wave], sampling_rate=16000, return_tensors="pt"))
+    encoder = one("audio", f"pe_audio:{tmp_path}")
+    torch.testing.assert_close(encoder.encode([wave])[0][0], wanted, atol=1e-5, rtol=1e-4)
+    assert encoder.describe()["model_type"] == "pe_audio_video"
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ def load(auto: Any, source: str, *, role: str, **options: Any) -> Any:
         remedy = "give a hub name or a folder saved with save_pretrained (model and processor)"
         if isinstance(error, ImportError) and "timm" in str(error):
             lines, remedy = ["it needs the package timm"], "pip install timm, which brings torchvision, on a CUDA torch"
+        elif "does not recognize this architecture" in str(error):
+            remedy = "pip install -U transformers, if a newer one has it"
         raise UserError(
             f"cannot load the {_WHAT.get(auto.__name__, 'model')} of {role} {source}: "
             f"{lines[0] if lines else type(error).__name__}",
@@ -48,7 +50,9 @@ def load(auto: Any, source: str, *, role: str, **options: Any) -> Any:
         ) from error
 
 
-def load_model(auto: Any, source: str, *, role: str, part: Callable[[Any], Any] = lambda model: model) -> Any:
+def load_model(
+    auto: Any, source: str, *, role: str, part: Callable[[Any], Any] = lambda model: model, **options: Any
+) -> Any:
     """A model, or the part of it that is wanted, with every weight from its files.
 
     Files of a masked language model or a classifier have no pooler: it is taken out, for transformers would fill it
@@ -57,7 +61,14 @@ def load_model(auto: Any, source: str, *, role: str, part: Callable[[Any], Any] 
     Raises:
         UserError: as `load`, or other weights are missing.
     """
-    model, told = load(auto, source, role=role, output_loading_info=True)
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the weights of other parts, and those that are missing are told below
+    try:
+        model, told = load(auto, source, role=role, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
     lost = {id(model.state_dict(keep_vars=True).get(name)) for name in told["missing_keys"]}
     wanted = part(model)
     names = [name for name, tensor in wanted.state_dict(keep_vars=True).items() if id(tensor) in lost]

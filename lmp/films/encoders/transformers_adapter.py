@@ -79,15 +79,14 @@ class TransformersEncoder:
         self.tokens = tokens
         self._batch_size = batch_size
         self._source, self.name = saved.find(source, role=self._role)
-        self._model_type = str(self._load(transformers.AutoConfig).model_type)
+        config = self._load(transformers.AutoConfig)
+        self._model_type = str(config.model_type)
         if family is not None and self._model_type not in FAMILIES.get(family, (family,)):
             raise UserError(
                 f"{source} is a {self._model_type} model, not {family}",
                 remedy=f"write {kind}:{source}, or give the folder of a {family} model",
             )
-        model = saved.load_model(
-            transformers.AutoModel, self._source, role=self._role, part=lambda model: _tower(model, kind)
-        )
+        model = self._load_model(config)
         self._model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.version = saved.version(self._model, self._source)
         texts = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "prefix": prefix}
@@ -139,6 +138,23 @@ class TransformersEncoder:
 
     def _load(self, auto: Any) -> Any:
         return saved.load(auto, self._source, role=self._role)
+
+    def _load_model(self, config: Any) -> Any:
+        """The model, without what does not encode this kind: a decoder, or Perception Encoder's other towers."""
+        import transformers
+
+        auto, options = transformers.AutoModel, {}
+        if config.model_type == "pe_audio_video" and self.kind == "sound":
+            auto, options = transformers.PeAudioModel, {"config": config.audio_config}
+        elif config.model_type == "pe_audio_video" and self.kind == "picture":
+            auto, options = transformers.PeVideoModel, {"config": config.video_config}
+        return saved.load_model(
+            auto,
+            self._source,
+            role=self._role,
+            part=lambda model: model.get_encoder() if model.config.is_encoder_decoder else model,
+            **options,
+        )
 
     def _input_of(self, frames: int | None, texts: dict[str, Any]) -> Input:
         """How the model takes shots of its kind."""
@@ -220,13 +236,6 @@ class TransformersEncoder:
             group = list(same)
             for start in range(0, len(group), self._batch_size):
                 yield group[start : start + self._batch_size]
-
-
-def _tower(model: Any, kind: Kind) -> Any:
-    """The part of a model that encodes the kind: the encoder of an encoder and decoder, a model of several inside."""
-    if model.config.model_type == "pe_audio_video":
-        return {"sound": model.audio_model, "picture": model.video_model}.get(kind, model)
-    return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
 def _is_something(shot: Any) -> bool:

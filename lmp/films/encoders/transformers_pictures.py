@@ -178,7 +178,8 @@ def own_frames(source: str) -> UserError:
 
 def _processor_settings(source: str) -> dict[str, Any]:
     for name in ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"):
-        settings = saved.read_json(source, name)
-        if settings is not None:
-            return settings.get("video_processor") or settings.get("image_processor") or settings
+        settings = saved.read_json(source, name) or {}
+        settings = settings.get("video_processor") or settings.get("image_processor") or settings
+        if settings and "sampling_rate" not in settings:  # of sound, where a model takes both
+            return settings
     return {}
