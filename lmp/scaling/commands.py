@@ -1,4 +1,4 @@
-"""`lmp bench ...`: what reading, planning and training steps cost on this machine."""
+"""`lmp bench ...`: what reading, planning, ingest and training steps cost on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lmp.errors import EXIT_DONE, UserError
 if TYPE_CHECKING:
     from lmp.scaling.bench_checkpoint import CheckpointReport
     from lmp.scaling.bench_data import DataReport
+    from lmp.scaling.bench_ingest import IngestBenchReport
     from lmp.scaling.bench_plan import PlanReport
 
 
@@ -61,6 +62,18 @@ def register(bench: Any) -> None:
     saving.add_argument("--folder", type=Path, help="a folder on the disk to be measured (default: a temporary one)")
     saving.add_argument("--out", type=Path, metavar="REPORT.json")
     saving.set_defaults(run=_checkpoint)
+
+    films = bench.add_parser("ingest", help="what films cost to turn into features, against decoding them alone")
+    films.add_argument("films", nargs="*", type=Path, metavar="FILM", help="films or folders (default: made here)")
+    films.add_argument("--encoder", action="append", default=[], metavar="NAME=SPEC", help="as for lmp ingest")
+    films.add_argument("--make", type=int, default=4, metavar="N", help="films made, if none are given (4)")
+    films.add_argument("--make-shots", type=int, default=40, metavar="N", help="shots of each of them (40)")
+    films.add_argument("--reps", type=int, default=3)
+    films.add_argument(
+        "--memory", type=_numbers, default=(), metavar="S,S", help="seconds of long films, for the peak of memory"
+    )
+    films.add_argument("--out", type=Path, metavar="REPORT.json")
+    films.set_defaults(run=_ingest)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -136,6 +149,27 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     names = ("width", "layers", "rounds", "folder")
     report = bench_checkpoint(CheckpointSettings(**{name: getattr(arguments, name) for name in names}))
     _print_checkpoint(report)
+    _write(arguments.out, report.to_json())
+    return EXIT_DONE
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from lmp.films.commands import encoders_of
+    from lmp.scaling.bench_data import progress
+    from lmp.scaling.bench_ingest import bench_ingest
+
+    _check_out(arguments.out)
+    with progress() as step:
+        report = bench_ingest(
+            arguments.films,
+            encoders=encoders_of(arguments.encoder),
+            make=arguments.make,
+            make_shots=arguments.make_shots,
+            reps=arguments.reps,
+            lengths=arguments.memory,
+            step=step,
+        )
+    _print_ingest(report)
     _write(arguments.out, report.to_json())
     return EXIT_DONE
 
@@ -228,6 +262,26 @@ def _print_checkpoint(report: CheckpointReport) -> None:
     print("| | |\n|---|---|")
     for name, values, digits in rows:
         print(f"| {name} | {_spread(values, digits)} |")
+    _print_machine(report.machine)
+
+
+def _print_ingest(report: IngestBenchReport) -> None:
+    from lmp.scaling.bench_ingest import SUBJECTS
+
+    made = ", ".join(f"{name}={spec}" for name, spec in report.encoders.items())
+    print(f"{report.films} films of {report.film_seconds:.0f} s in all, {made}; median (min - max)")
+    print("| | films per CPU second | CPU s | CPU time over decode's | what |\n|---|---|---|---|---|")
+    for subject, turns in report.turns.items():
+        cells = (
+            _spread(report.films_per_cpu_second(subject), 2),
+            _spread([turn.cpu_seconds for turn in turns], 2),
+            _spread(report.of_decode(subject), 2),
+        )
+        print(f"| {subject} | {' | '.join(cells)} | {SUBJECTS[subject]} |")
+    for subject, why in report.skipped.items():
+        print(f"{subject}: skipped, {why}")
+    for seconds, (peak, before) in report.peaks.items():
+        print(f"a film of {seconds} s: at most {peak / 1e6:.0f} MB resident, {before / 1e6:.0f} MB before it")
     _print_machine(report.machine)
 
 
