@@ -191,10 +191,9 @@ def facts(found: Inspected) -> list[str]:
     """What the film's record says, line by line."""
     info = found.info
     by = info.get("shots_from")
-    shots_from = f", shots from {_told(by)}" if by else ""
     lines = [
         f"{found.key}: {info.get('title', '')} ({info.get('source', 'source unknown')})",
-        f"{info['shots']} shots, {clock(round(float(info.get('duration_s', 0)) * 1000))}{shots_from}",
+        ", ".join([f"{info['shots']} shots", *_length(info), *([f"shots from {_told(by)}"] if by else [])]),
     ]
     if spoken := info.get("subtitles"):
         lines.append(f"subtitles: {_told(spoken)}")
@@ -208,6 +207,11 @@ def facts(found: Inspected) -> list[str]:
         made_by = info.get("encoders", {}).get(name, {}).get("name", "an unknown encoder")
         lines.append(f"{name}: {modality['tokens']} x {modality['width']} from {made_by}{counted}")
     return lines
+
+
+def _length(info: dict[str, Any]) -> list[str]:
+    """How long the film is, if its record says so."""
+    return [clock(round(float(info["duration_s"]) * 1000))] if info.get("duration_s") else []
 
 
 def _told(value: Any) -> str:
@@ -254,6 +258,7 @@ def overview(index: FilmIndex, keys: Sequence[str]) -> Table:
             f"{part}: {count} {what}" for part, told in info.get("quality", {}).items() for what, count in told.items()
         ]
         odd += [f"{name}: {count} cleared" for name, count in info.get("cleared", {}).items() if count]
-        length = clock(round(float(info.get("duration_s", 0)) * 1000))
-        rows.append([key, str(info["shots"]), length, _told(info.get("shots_from", "")), "; ".join(odd)])
+        rows.append(
+            [key, str(info["shots"]), "".join(_length(info)), _told(info.get("shots_from", "")), "; ".join(odd)]
+        )
     return Table(["film", "shots", "length", "shots from", "odd shots"], rows)

@@ -230,7 +230,9 @@ def _fonts() -> dict[str, Any]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     plain, bold = str(folder / "DejaVuSans.ttf"), str(folder / "DejaVuSans-Bold.ttf")
     sizes = {"plain": (plain, 13), "bold": (bold, 13), "small": (plain, 11)}
-    return {name: ImageFont.truetype(path, size) for name, (path, size) in sizes.items()}
+    # Not Raqm, which a system may lack or have in another version.
+    basic = ImageFont.Layout.BASIC
+    return {name: ImageFont.truetype(path, size, layout_engine=basic) for name, (path, size) in sizes.items()}
 
 
 def _alike(found: Inspected, name: str) -> np.ndarray:
