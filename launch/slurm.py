@@ -4,6 +4,7 @@
     python -m launch.slurm status RUN        what SLURM and the run folder tell
     python -m launch.slurm tail RUN [-f]     the log of a rank
     python -m launch.slurm cancel RUN        save, stop, and not go back to the queue
+    python -m launch.slurm ingest FILM...    films become shards, by an array of jobs (launch.ingest)
 
 Options stand for keys of the configuration's `cluster` section and win over it.
 """
@@ -35,7 +36,7 @@ OPTIONS = [
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"status": _status, "tail": _tail, "cancel": _cancel}
+    commands = {"status": _status, "tail": _tail, "cancel": _cancel, "ingest": _ingest}
     try:
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
@@ -119,6 +120,12 @@ def _cancel(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     print(cancel(arguments.run, now=arguments.now))
     return EXIT_DONE
+
+
+def _ingest(words: Sequence[str]) -> int:
+    from launch.ingest import main as ingest
+
+    return ingest(words)
 
 
 def _run_parser(command: str, description: str) -> argparse.ArgumentParser:

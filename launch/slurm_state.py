@@ -49,6 +49,12 @@ def is_over(state: str) -> bool:
     return state in FINAL or state == "UNKNOWN"
 
 
+def exit_code(job: str) -> int | None:
+    """Of a job that is over, while the controller remembers it."""
+    found = re.search(r"\bExitCode=(\d+):", slurm("scontrol", "show", "job", "-o", job).stdout)
+    return int(found[1]) if found else None
+
+
 def answers() -> bool:
     """Whether there is a controller that answers."""
     return slurm("squeue", "-h", "--name", "none").returncode == 0

@@ -6,7 +6,6 @@ waits for the one before it, so that the concurrency limit holds for all. A last
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from launch.executor import CHECKOUT
-from launch.follow import Request, measure_finished, one_process, unmeasured
+from launch.follow import Request, TaskRequest, measure_finished, one_process, unmeasured
 from launch.slurm import executor, submit_array
-from launch.slurm_state import RESTART_SECONDS, answers, is_over, known_state, may_go_on, slurm
+from launch.slurm_state import RESTART_SECONDS, answers, exit_code, is_over, known_state, may_go_on, slurm
 from launch.snapshot import Snapshot
 from launch.study.cells import Cell
 from launch.study.collect import last_step
@@ -141,7 +140,7 @@ class SlurmRunner:
     def _over(self, name: str, state: CellState, now: str, *, again: bool) -> None:
         """The job of a cell that is not done is over: the cell waits for another one, or is given up."""
         words = last_words(self.folder.run_of(name))
-        code = _exit_code(state.job or "")
+        code = exit_code(state.job or "")
         state.job = None
         if again:
             state.state, state.reason = "waiting", None
@@ -211,7 +210,13 @@ class SlurmRunner:
         arrays = self._arrays()
         runs = [str(self.folder.run_of(name)) for name in self.cells]
         parts = min(self.study.concurrency, len(runs))
-        request = Request(tuple(evaluate.shards), tuple(evaluate.train_shards), evaluate.labels, seeds=evaluate.seeds)
+        request = Request(
+            tuple(evaluate.shards),
+            tuple(evaluate.train_shards),
+            evaluate.labels,
+            seeds=evaluate.seeds,
+            tasks=tuple(TaskRequest(one.task, one.labels, tuple(one.shards)) for one in evaluate.tasks),
+        )
         self.code.take()
         made = executor(
             self.folder.path / "slurm" / "evaluation",
@@ -280,9 +285,3 @@ def _by_resources(cells: Sequence[Cell]) -> dict[tuple[int, int, int], list[Cell
     for cell in cells:
         found.setdefault((cell.world_size, cell.nodes, cell.processes), []).append(cell)
     return found
-
-
-def _exit_code(job: str) -> int | None:
-    """Of a job that is over, while the controller remembers it."""
-    found = re.search(r"\bExitCode=(\d+):", slurm("scontrol", "show", "job", "-o", job).stdout)
-    return int(found[1]) if found else None

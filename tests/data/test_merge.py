@@ -37,7 +37,7 @@ def test_the_films_of_all_in_order(parts: list[Path], folder: Path, tmp_path: Pa
         found, wanted = index.read(film, 0, shots), whole.read(film, 0, shots)
         for column in whole.columns:
             assert torch.equal(found.column(column.name), wanted.column(column.name))
-    assert os.stat(parts[2] / "films-000000.tar").st_ino == os.stat(tmp_path / "out/films-000003.tar").st_ino
+    assert (parts[2] / "films-000000.tar").samefile(tmp_path / "out" / "films-000003.tar")
 
 
 def test_parts_of_whole_shards_give_the_bytes_of_one_writer(
@@ -57,7 +57,7 @@ def test_parts_of_whole_shards_give_the_bytes_of_one_writer(
 
 def test_what_is_there_is_replaced_only_when_asked(parts: list[Path], tmp_path: Path) -> None:
     merge(parts[:2], tmp_path / "out")
-    with pytest.raises(UserError, match="already holds manifest.json"):
+    with pytest.raises(UserError, match="already holds"):
         merge(parts[2:], tmp_path / "out")
     assert len(FilmIndex.load(tmp_path / "out")) == 9
     merge(parts[2:], tmp_path / "out", overwrite=True)
@@ -77,6 +77,6 @@ def test_folders_that_do_not_fit_are_refused(parts: list[Path], films: list[Film
     with pytest.raises(UserError, match="quarantined films, such as film-03"):
         merge(parts, out)
     os.truncate(parts[1] / "films-000000.tar", 1000)
-    with pytest.raises(UserError, match="films-000000.tar"):
+    with pytest.raises(UserError, match=r"films-000000\.tar"):
         merge(parts[1:], out)
     assert not out.exists()

@@ -341,3 +341,26 @@ def test_the_endpoint_comes_from_the_environment(on_s3: str, s3: Server) -> None
     )
     assert run.returncode == 0, run.stderr
     assert "23 films" in run.stdout
+
+
+@pytest.mark.parametrize("kind", ["s3", "http", "memory"])
+def test_a_file_written_anew_has_another_version(kind: str, s3: Server, tmp_path: Path) -> None:
+    """Of as many bytes, and a second later: http tells whole seconds."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    with Server(folder_app(tmp_path)) as http:
+        root = {"s3": f"s3://versions-{os.getpid()}", "http": http.url, "memory": "memory://versions"}[kind] + "/files"
+        versions = []
+        for time, text in ((1, "one"), (2, "two"), (2, "two")):
+            (folder / "a").write_text(text)
+            (folder / "b").write_text(text)
+            os.utime(folder / "a", (time, time))
+            if kind != "http" and (text == "one" or len(versions) == 1):
+                upload(folder, root)
+            files = storage.files_at(root)
+            assert isinstance(files, remote.RemoteFiles)
+            versions.append(files.version(f"{root}/a"))
+            assert files.version(f"{root}/c") is None
+            assert kind == "http" or files.names(root) == ["a", "b"]
+        assert versions[0] != versions[1] == versions[2]
+        assert kind == "http" or files.names(f"{root}/none") == []

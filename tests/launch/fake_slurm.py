@@ -34,7 +34,8 @@ class FakeSlurm:
         self.folder = folder
         self.commands = folder / "bin"
         self.commands.mkdir(parents=True)
-        for name, body in {"sbatch": SBATCH, "scontrol": SCONTROL, "srun": SRUN, "scancel": "", "sacct": ""}.items():
+        silent = dict.fromkeys(("scancel", "sacct", "squeue"), "")
+        for name, body in {"sbatch": SBATCH, "scontrol": SCONTROL, "srun": SRUN, **silent}.items():
             file = self.commands / name
             file.write_text(f'#!/bin/bash\necho "{name} $*" >> "$FAKE_SLURM/asked"\n{body}')
             file.chmod(0o755)
