@@ -22,6 +22,7 @@ from lmp.films import kept
 from lmp.films.cuts import MIN_SHOT_S
 from lmp.films.detectors import DEFAULT, build_finder
 from lmp.films.encoders import build_encoders, describe
+from lmp.films.encoders.device import check_device
 from lmp.films.film import FilmJob, FilmResult, Tools, read_film
 from lmp.films.sources import Film, check_keys, expand
 from lmp.films.speech import build_speech
@@ -109,6 +110,7 @@ def ingest(
         UserError: films that are not there or share a key, an unknown encoder, a folder `out` in use.
     """
     wanted, report = choose(films, leave_out)
+    check_device(device)
     specs = _Specs(dict(encoders), device, None if shot_lists is not None else detector, min_shot_s, speech)
     # With several workers these only describe; each worker builds its own.
     built = _build(specs if workers == 1 else specs._replace(device="cpu"))

@@ -20,6 +20,7 @@ from torch import Tensor
 from lmp.errors import UserError
 from lmp.films.encoders import saved
 from lmp.films.encoders.base import SAMPLE_RATE
+from lmp.films.encoders.device import exact
 from lmp.films.speech_loops import COMPRESSION, compression, looped_lines, plain, without_loops
 from lmp.films.subtitles import Line, Subtitles
 
@@ -107,6 +108,7 @@ class Whisper:
         """Name, version and language, as JSON."""
         return {"name": self.name, "version": self.version, "language": self._language}
 
+    @exact()
     @torch.inference_mode()
     def transcribe(self, waves: Iterable[np.ndarray]) -> Subtitles:
         """What is said in a film.

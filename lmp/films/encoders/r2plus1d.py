@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmp.films.encoders.base import Kind, spread
+from lmp.films.encoders.device import exact
 from lmp.films.encoders.weights import digest, fill, load_weights
 
 WIDTH = 512
@@ -157,6 +158,7 @@ class R2Plus1DEncoder:
         self.name = f"r2plus1d-{depth}"
         self.version = digest(self._model)
 
+    @exact()
     @torch.no_grad()
     def encode(self, shots: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Features [n, K, 512] float32 and valid [n] bool, on the CPU; see `Encoder.encode`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lmp.errors import UserError
 from lmp.films.encoders import saved
 from lmp.films.encoders.base import Kind
+from lmp.films.encoders.device import exact
 from lmp.films.encoders.sentences import read_sentences
 from lmp.films.encoders.transformers_inputs import Input, Words
 from lmp.films.encoders.transformers_pictures import FRAMES_OF_A_TOKEN, Clips, Frames, WholeClips, own_frames
@@ -94,6 +95,7 @@ class TransformersEncoder:
         self.width = self._input.width
         self.frames, self.height = self._input.frames, self._input.height
 
+    @exact()
     @torch.no_grad()
     def encode(self, shots: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Features [n, K, D] float32 and valid [n] bool, on the CPU; see `Encoder.encode`."""

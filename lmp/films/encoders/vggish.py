@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lmp.errors import UserError
 from lmp.films.encoders.base import SAMPLE_RATE, Kind
+from lmp.films.encoders.device import exact
 from lmp.films.encoders.weights import digest, fill, load_weights
 
 WIDTH = 128
@@ -130,6 +131,7 @@ class VGGishEncoder:
         whitening = () if self._pca is None else tuple(str(part.tolist()) for part in self._pca)
         self.version = digest(self._model, *whitening)
 
+    @exact()
     @torch.no_grad()
     def encode(self, shots: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Features [n, K, 128] float32 and valid [n] bool, on the CPU; see `Encoder.encode`."""
