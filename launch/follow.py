@@ -1,8 +1,9 @@
-"""Evaluate a run's checkpoints as they appear: python -m launch.follow RUN SHARDS... [--slurm] [--once].
+"""Evaluate a run's checkpoints as they appear: python -m launch.follow RUN [SHARDS...] [--task NAME LABELS SHARDS...]
 
-Each checkpoint is measured once, as by `lmp evaluate`: report and results.json are in RUN/evaluation/step-00000120,
-the scores in RUN/tensorboard/evaluation at that step. Started again it goes on with what is missing; it ends when the
-run is DONE and all is measured. With --slurm every evaluation is a job of its own on one GPU.
+Each checkpoint is measured once, as by `lmp evaluate`, on held-out shards and on benchmarks (frozen, no rivals): report
+and results.json are in RUN/evaluation/step-00000120, the scores in RUN/tensorboard/evaluation at that step. Started
+again it goes on with what is missing; it ends when the run is DONE and all is measured, with --once when what is there
+is measured. With --slurm every evaluation is a job of its own on one GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmp.config import load_config
 from lmp.errors import EXIT_DONE, EXIT_USER, UserError
@@ -28,21 +29,33 @@ ATTEMPTS = 2
 """How often one evaluation is started."""
 
 
+class TaskRequest(NamedTuple):
+    """A benchmark; as the options of `lmp evaluate --task`."""
+
+    task: str
+    labels: str
+    shards: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Request:
-    """What a checkpoint is measured on; as the options of `lmp evaluate`."""
+    """What a checkpoint is measured on; as the options of `lmp evaluate`. Shards or tasks may be empty."""
 
     shards: tuple[str, ...]
     train_shards: tuple[str, ...] = ()
     labels: str | None = None
     seeds: int = 3
+    tasks: tuple[TaskRequest, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.follow", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("shards", nargs="+", help="held-out shards")
+    parser.add_argument("shards", nargs="*", help="held-out shards")
+    parser.add_argument(
+        "--task", nargs="+", action="append", default=[], metavar="WORD", help="NAME LABELS SHARDS...; may be repeated"
+    )
     parser.add_argument("--train-shards", nargs="*", default=[], help="to fit probes and the linear rival on")
     parser.add_argument("--labels", help="folder of KEY.labels.json")
     parser.add_argument("--seeds", type=int, default=3)
@@ -51,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slurm", action="store_true", help="each as a SLURM job, by the run's cluster section")
     parser.add_argument("--poll", type=float, default=20.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
-    request = Request(tuple(arguments.shards), tuple(arguments.train_shards), arguments.labels, seeds=arguments.seeds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        request = _request(arguments)
         if not arguments.run.is_dir():
             raise UserError(f"{arguments.run}: there is no such run folder", remedy="give the folder of a run")
         follow(
@@ -71,6 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; start again to go on", file=sys.stderr)
         return 130
     return EXIT_DONE
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    if short := [words for words in arguments.task if len(words) < 3]:
+        raise UserError(f"--task {' '.join(short[0])}", remedy="give NAME LABELS SHARDS...")
+    if not arguments.shards and not arguments.task:
+        raise UserError("nothing to measure on", remedy="give held-out shards, or --task NAME LABELS SHARDS...")
+    return Request(
+        tuple(arguments.shards),
+        tuple(arguments.train_shards),
+        arguments.labels,
+        seeds=arguments.seeds,
+        tasks=tuple(TaskRequest(name, labels, tuple(shards)) for name, labels, *shards in arguments.task),
+    )
 
 
 def follow(run: Path, request: Request, *, once: bool, last: bool = False, slurm: bool = False, poll: float) -> None:
@@ -122,24 +149,14 @@ def measure(run: Path, step: int, request: Request) -> bool:
         False where the checkpoint is gone (an older one, not kept) or damaged.
 
     Raises:
-        UserError: as `lmp.downstream.evaluate.evaluate`.
+        UserError: as `lmp.downstream.evaluate.evaluate` and `lmp.downstream.evaluate_task.evaluate_tasks`.
     """
-    from lmp.downstream.evaluate import evaluate
-
     final = results_of(run, step).parent
     partial = final.with_name(f"{final.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
-        result = evaluate(
-            run,
-            [Path(folder) for folder in request.shards],
-            labels=Path(request.labels) if request.labels else None,
-            train_shards=[Path(folder) for folder in request.train_shards] or None,
-            out=partial,
-            seeds=request.seeds,
-            step=step,
-        )
+        results = _measured(run, step, request, partial)
         if not final.exists():
-            _to_tensorboard(run, step, result.as_dict())
+            _to_tensorboard(run, step, results)
             partial.replace(final)
     except UserError as error:
         if "no valid checkpoint" not in error.problem:
@@ -148,8 +165,44 @@ def measure(run: Path, step: int, request: Request) -> bool:
         return False
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"step {step} is measured: {final / 'report.md'}", flush=True)
+    print(f"step {step} is measured: {final}", flush=True)
     return True
+
+
+def _measured(run: Path, step: int, request: Request, out: Path) -> dict[str, Any]:
+    """Reports in `out`, and what results.json there says: of `lmp evaluate`, and `tasks` by name."""
+    from lmp.downstream.evaluate import evaluate
+    from lmp.downstream.evaluate_task import TaskSettings, evaluate_tasks
+
+    results: dict[str, Any] = {}
+    if request.shards:
+        held_out = evaluate(
+            run,
+            [Path(folder) for folder in request.shards],
+            labels=Path(request.labels) if request.labels else None,
+            train_shards=[Path(folder) for folder in request.train_shards] or None,
+            out=out,
+            seeds=request.seeds,
+            step=step,
+        )
+        results = held_out.as_dict()
+    if request.tasks:
+        results["tasks"] = {}
+    for one in request.tasks:
+        report = evaluate_tasks(
+            run,
+            [Path(folder) for folder in one.shards],
+            name=one.task,
+            labels=Path(one.labels),
+            out=out / one.task.replace("/", "-"),
+            settings=TaskSettings(seeds=request.seeds, rivals=False),
+            step=step,
+        )
+        for found in report.results:
+            scores = {name: asdict(score) for name, score in found.rows["model"].items()}
+            results["tasks"][found.task] = {"metric": found.metric, "n": found.n, "scores": scores}
+    write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def measure_finished(runs: Sequence[str], request: Request) -> None:
@@ -225,14 +278,17 @@ def _to_tensorboard(run: Path, step: int, results: Mapping[str, Any]) -> None:
 
 def scalars(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The model's own scores in results.json, by name."""
-    tables = {f"masked_shot/{name}": table for name, table in results["masked_shot"].items()}
-    tables |= {"cross_modal": results["cross_modal"]} if results["cross_modal"] else {}
-    tables |= {f"alignment/{name}": table for name, table in results["alignment"].items()}
+    tables = {f"masked_shot/{name}": table for name, table in results.get("masked_shot", {}).items()}
+    tables |= {"cross_modal": results["cross_modal"]} if results.get("cross_modal") else {}
+    tables |= {f"alignment/{name}": table for name, table in results.get("alignment", {}).items()}
     for name, table in tables.items():
         for metric, score in table["rows"]["model"].items():
             yield f"{name}/{metric}", score["mean"]
-    for label, table in results["probes"].items():
+    for label, table in results.get("probes", {}).items():
         yield f"probe/{label}", table["rows"]["model"]["mean"]
+    for task, found in results.get("tasks", {}).items():
+        for name, score in found["scores"].items():
+            yield f"{task}/{name}", score["mean"]
 
 
 if __name__ == "__main__":

@@ -177,21 +177,24 @@ def read_scores(folder: Path) -> dict[str, Measure]:
     """The model's own scores of an evaluation's results.json; empty where there is none.
 
     Retrieval is the mean reciprocal rank; masked shots are the mean over modalities, each with its own queries.
+    Benchmarks have their main metric.
     """
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     scores: dict[str, Measure] = {}
-    if masked := found["masked_shot"]:
+    if masked := found.get("masked_shot"):
         models = [table["rows"]["model"]["mrr"] for table in masked.values()]
         queries = sum(table["queries"] for table in masked.values())
         means, stds = ([one[part] for one in models] for part in ("mean", "std"))
         scores["masked-shot MRR"] = Measure(statistics.fmean(means), statistics.fmean(stds), queries)
-    if cross := found["cross_modal"]:
+    if cross := found.get("cross_modal"):
         scores["cross-modal MRR"] = _measure(cross["rows"]["model"]["mrr"], cross["queries"])
-    for label, table in found["probes"].items():
+    for label, table in found.get("probes", {}).items():
         scores[f"{label} accuracy"] = _measure(table["rows"]["model"], table["test_items"])
+    for task, of in found.get("tasks", {}).items():
+        scores[f"{task} {of['metric']}"] = _measure(of["scores"][of["metric"]], of["n"])
     return scores
 
 

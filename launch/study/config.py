@@ -52,13 +52,28 @@ class Budget(Section):
         return float(getattr(self, self.kind))
 
 
-class Evaluation(Section):
-    """Held-out films on which each finished cell is measured, as by `lmp evaluate`."""
+class Benchmark(Section):
+    """A benchmark, as by `lmp evaluate --task`."""
 
+    task: str
+    labels: str
     shards: list[str] = Field(min_length=1)
+
+
+class Evaluation(Section):
+    """Held-out films and benchmarks on which each finished cell is measured, as by `lmp evaluate`."""
+
+    shards: list[str] = Field(default_factory=list)
     train_shards: list[str] = Field(default_factory=list, description="to fit probes and the linear rival on")
     labels: str | None = Field(None, description="folder of KEY.labels.json, for the probes")
     seeds: int = Field(3, ge=1, description="draws of hidden shots and splits, in each evaluation")
+    tasks: list[Benchmark] = Field(default_factory=list, description="linear heads on the frozen model, no rivals")
+
+    @model_validator(mode="after")
+    def _something(self) -> Evaluation:
+        if not self.shards and not self.tasks:
+            raise ValueError("give shards, tasks, or both")
+        return self
 
 
 class Study(Section):

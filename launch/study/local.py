@@ -89,6 +89,8 @@ def _measure(folder: StudyFolder, evaluate: Evaluation, cell: Cell) -> bool:
     command += ["--seeds", str(evaluate.seeds)]
     command += ["--train-shards", *evaluate.train_shards] if evaluate.train_shards else []
     command += ["--labels", evaluate.labels] if evaluate.labels else []
+    for one in evaluate.tasks:
+        command += ["--task", one.task, one.labels, *one.shards]
     code = launch(command, run / "evaluation", 1)
     if code not in (EXIT_DONE, 130):
         print(f"{cell.name}: not measured: {last_words(run / 'evaluation')}", file=sys.stderr, flush=True)

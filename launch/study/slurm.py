@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from launch.executor import CHECKOUT
-from launch.follow import Request, measure_finished, one_process, unmeasured
+from launch.follow import Request, TaskRequest, measure_finished, one_process, unmeasured
 from launch.slurm import executor, submit_array
 from launch.slurm_state import RESTART_SECONDS, answers, exit_code, is_over, known_state, may_go_on, slurm
 from launch.snapshot import Snapshot
@@ -210,7 +210,13 @@ class SlurmRunner:
         arrays = self._arrays()
         runs = [str(self.folder.run_of(name)) for name in self.cells]
         parts = min(self.study.concurrency, len(runs))
-        request = Request(tuple(evaluate.shards), tuple(evaluate.train_shards), evaluate.labels, seeds=evaluate.seeds)
+        request = Request(
+            tuple(evaluate.shards),
+            tuple(evaluate.train_shards),
+            evaluate.labels,
+            seeds=evaluate.seeds,
+            tasks=tuple(TaskRequest(one.task, one.labels, tuple(one.shards)) for one in evaluate.tasks),
+        )
         self.code.take()
         made = executor(
             self.folder.path / "slurm" / "evaluation",

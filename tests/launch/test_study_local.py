@@ -14,7 +14,8 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.follow import Request, follow, unmeasured
+from launch.follow import Request, follow, main, unmeasured
+from lmp.data.index import FilmIndex
 from tests.launch.studies import Page, ledger, write_study
 from tests.runs import metrics, run, start
 
@@ -33,8 +34,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exclude=[{"data.window_shots": 16, "seed": 1}],
         budget={"steps": STEPS},
         config={"checkpoint": {"every_steps": 10, "keep": 2}, "train": {"log_every": 120}},
-        evaluate={"shards": [str(folder / "held-out")], "seeds": 1},
+        evaluate={
+            "shards": [str(folder / "held-out")],
+            "seeds": 1,
+            "tasks": [{"task": "boundaries", "labels": str(folder / "scenes"), "shards": [str(folder / "held-out")]}],
+        },
     )
+    (folder / "scenes").mkdir()
+    films = FilmIndex.load([folder / "held-out"])
+    for key, shots in zip(films.keys, films.shots.tolist(), strict=True):
+        lines = [f"{n:04d} {int(n % 5 == 4)}\n" for n in range(shots - 1)]
+        (folder / "scenes" / f"{key}.txt").write_text("".join(lines))
     out = folder / "out"
     launcher = start(str(path), "--local", "--out", str(out), module="launch.study")
     second = out / "cells" / CELLS[1]
@@ -73,6 +83,8 @@ def test_the_report_is_complete(study: Path) -> None:
         assert float(line["memory_gib"]) == max(step["memory_gib"] for step in made)
         times = [step["seconds"] for step in made]
         assert min(times) <= float(line["seconds"]) <= max(times)
+        assert 0 < float(line["boundaries AP"]) < 1 and line["boundaries AP n"] == "6"
+        assert (study / "cells" / name / "evaluation" / f"step-{STEPS:08d}" / "boundaries" / "report.md").is_file()
         assert 0 < float(line["cross-modal MRR"]) <= 1 and int(line["cross-modal MRR n"]) > 1
         assert line["mfu"] == "", "no peak is known of this device"
     page = Page((study / "report" / "report.html").read_text(encoding="utf-8"))
@@ -90,8 +102,16 @@ def test_checkpoints_are_measured_once_and_shown_at_their_step(study: Path) -> N
     assert (cell / "evaluation" / f"step-{STEPS:08d}" / "results.json").stat().st_mtime_ns == before
     events = EventAccumulator(str(cell / "tensorboard" / "evaluation")).Reload()
     assert {event.step for event in events.Scalars("evaluation/cross_modal/mrr")} == {STEPS - 10, STEPS}
+    assert {event.step for event in events.Scalars("evaluation/boundaries/AP")} == {STEPS}
     assert "loss" not in events.Tags()["scalars"], "the run's own events are elsewhere"
     assert not list((cell / "evaluation").glob("*.tmp"))
+
+
+def test_what_follow_cannot_measure_on(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = str(study / "cells" / CELLS[0])
+    for words, problem in (([], "nothing to measure on"), (["--task", "boundaries", "labels"], "give NAME LABELS")):
+        assert main([cell, *words]) == 2
+        assert problem in capsys.readouterr().err
 
 
 def _until(test: Callable[[], bool], launcher: subprocess.Popen[str], timeout: float = 400) -> None:
