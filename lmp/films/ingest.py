@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,7 +238,16 @@ def _build(specs: _Specs) -> Tools:
 
 
 def _start_worker(specs: _Specs) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tools[:] = [_build(specs)]
+
+
+def _end_with_parent() -> None:
+    """A killed ingest takes its workers along: they would wait for films for ever, and hold their networks."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: FilmJob) -> FilmResult:
