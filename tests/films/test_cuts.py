@@ -101,11 +101,14 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("late", [0, 75, 600, 5000])
 def test_pictures_are_those_of_the_shot_however_late_it_is_told(counting: Path, late: int) -> None:
-    samplings = [Sampling(1, 16), Sampling(8, 8)]
+    samplings = [Sampling(1, 16), Sampling(8, 8), Sampling(40, 4)]
     finder = ShotFinder(Told({100: 1.0, 120: 1.0, 620: 1.0, 1990: 1.0}, late=late))
     shots = list(read_pictures(counting, samplings, shots=finder))
     spans = list(pairwise([0, 100, 120, 620, 2000]))
     assert [(s.start_ms, s.end_ms) for s in shots] == [(first * 40, last * 40) for first, last in spans]
+    if late <= 75:  # more pictures than frames: each frame, from the first to the last
+        red, green, _ = shots[1].samples[samplings[2]].mean(axis=(1, 2)).T
+        assert (red * 8 + green).tolist() == np.arange(100, 120).repeat(2).tolist()
     for shot, (first, last) in zip(shots, spans, strict=True):
         for sampling in samplings:
             red, green, _ = shot.samples[sampling].mean(axis=(1, 2)).T

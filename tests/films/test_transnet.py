@@ -66,6 +66,19 @@ def test_windows_and_scenes_are_those_of_the_release(weights: Path, frames: int)
         assert [cut.frame for cut in cuts] == [first for first, _ in GOLDEN["scenes"] if first > 0]
 
 
+def test_a_run_at_the_end_begins_no_shot(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One over frame 9 alone, one over frames 20 to 22, one that ends where the film does."""
+    detector = TransNetDetector(weights)
+    told = np.zeros(100, np.float32)
+    told[25 + np.array([9, 20, 21, 22, 28, 29])] = 0.6, 0.7, 0.9, 0.8, 0.9, 0.9
+    monkeypatch.setattr(detector, "probabilities", lambda window_Thw3: told)
+    reading = detector.start()
+    cuts = [cut for picture in film_frames(30, 27, 48) for cut in reading.feed(picture)]
+    cuts += reading.finish()
+    assert [cut.frame for cut in cuts] == [10, 23]
+    assert [cut.score for cut in cuts] == pytest.approx([0.6, 0.9])
+
+
 def test_it_finds_the_shots_of_a_film_in_one_pass(weights: Path, tmp_path: Path) -> None:
     """In frames of 48 x 27, whatever the film's shape."""
     film, frames = tmp_path / "film.mkv", film_frames(30, 48, 64)
