@@ -24,25 +24,8 @@ from lmp.films.shots import find_shot_list
 from lmp.films.subtitles import SUFFIXES as SUBTITLE_SUFFIXES
 from lmp.films.subtitles import find_subtitles
 
-FILM_SUFFIXES = frozenset(
-    {
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-    }
-)
+_NAMES = "avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts vob webm wmv"
+FILM_SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 LIST_SUFFIXES = (".csv", ".parquet", ".txt")
 _FILM_COLUMNS, _KEY_COLUMNS = ("path", "url"), ("key", "id")
 _PIECE, _PIECES = 1 << 23, 4  # bytes of a range, and ranges asked for at once, when a file is copied
