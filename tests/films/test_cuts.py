@@ -116,7 +116,7 @@ def test_pictures_are_those_of_the_shot_however_late_it_is_told(counting: Path, 
             part = (last - first) / sampling.frames
             wanted = first + (np.arange(sampling.frames) + 0.5) * part
             # Pictures of a long shot are thinned to four for each that is wanted; of all frames, if it is told late.
-            far = max(part / 2, 1) if late <= 75 else 2000 / sampling.frames / 4
+            far = max(part / 2, 1) if late <= 75 else 2000 / sampling.frames / 2
             assert np.abs(seen - wanted).max() <= far
             if late <= 75:
                 assert seen.min() >= first and seen.max() < last
