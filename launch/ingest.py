@@ -83,7 +83,8 @@ def main(words: Sequence[str]) -> int:
         cluster,
         concurrency=concurrency,
         retries=arguments.retries,
-        workers=arguments.workers or cluster.cpus_per_task or 1,
+        # Each has networks of its own, which a GPU's memory must hold beside each other.
+        workers=arguments.workers or (cluster.cpus_per_task if arguments.device == "cpu" else 1) or 1,
         poll=arguments.poll,
     )
     if arguments.dry_run:
@@ -115,7 +116,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         prog="python -m launch.slurm ingest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.set_defaults(workers=None)  # as many as the job has cores
+    parser.set_defaults(workers=None)  # as many as the job has cores, where there is no GPU
     parser.add_argument("--parts", type=int, metavar="N", help="elements of the array (default: 4 x concurrency)")
     parser.add_argument("--concurrency", type=int, metavar="N", help="of them at a time (cluster.array_parallelism)")
     parser.add_argument("--retries", type=int, default=3, metavar="N", help="how often a part is tried again (3)")
@@ -282,7 +283,7 @@ class IngestArray:
     def _submit(self, numbers: Sequence[int], *, under_way: int) -> None:
         if not numbers:
             return
-        token = f"{time.time_ns():x}"
+        token, at_once = f"{time.time_ns():x}", min(len(numbers), max(1, self._concurrency - under_way))
         code = Snapshot.of(CHECKOUT, self._folder)
         code.take()
         folder = self._folder / "slurm" / token
@@ -293,14 +294,14 @@ class IngestArray:
             folder,
             self._cluster,
             name=_job_name(token),
-            array_parallelism=max(1, self._concurrency - under_way),
+            array_parallelism=at_once,
             code=code.folder,
         )
         calls = [(str(self._folder), number, self._retries, self._workers) for number in numbers]
         for number, job in zip(numbers, submit_array(made, read_part, calls), strict=True):
             self._jobs[number] = str(job.job_id)
         array = self._jobs[numbers[0]].partition("_")[0]
-        print(f"array {array}: {len(numbers)} parts, {max(1, self._concurrency - under_way)} at a time", flush=True)
+        print(f"array {array}: {len(numbers)} parts, {at_once} at a time", flush=True)
 
     def _progress(self, waiting: set[int], active: Mapping[int, str]) -> tuple[int, str]:
         """Films that are read, and a line."""

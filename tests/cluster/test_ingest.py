@@ -1,4 +1,4 @@
-"""Films through an array on a real SLURM, a part killed in the middle, another told to stop: as by one `lmp ingest`."""
+"""Films through an array on a real SLURM, parts and launcher killed: the same as by one `lmp ingest`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,23 @@ def test_an_array_gives_what_one_process_gives(slurm: Slurm, tmp_path: Path) -> 
     films, out = tmp_path / "films", tmp_path / "out"
     make_films(films, films=6, seed=5, settings=FilmSettings(shots=24), workers=1, progress=False)
     (films / "broken.mp4").write_text("text\n" * 100)  # the first by name
-    words = ["ingest", str(films), "--out", str(out), "--parts", "2", "--concurrency", "2", "--poll", "0.2"]
-    launcher = start(*words, "--time", "5", module="launch.slurm")
+    words = ["ingest", str(films), "--out", str(out), "--parts", "2", "--time", "5", "--poll", "0.2"]
+    parts = out / ".lmp-parts"
+    launcher = start(*words, module="launch.slurm")
     try:
-        parts = out / ".lmp-parts"
-        slurm.until("part 0 to begin", lambda: (parts / "part-0000.starts").exists())
+        slurm.until("both parts to begin", lambda: len(list(parts.glob("*.starts"))) == 2)
+        launcher.kill()
+        first, _ = launcher.communicate()
+        launcher = start(*words, module="launch.slurm")
         elements = elements_of()
         run("scancel", "--signal=USR2", elements["0"][0])  # as before the time limit
         slurm.until("a film of part 1 to be read", lambda: any(parts.glob("part-0001/.lmp-films/*.safetensors")))
         os.kill(slurm.ranks_of(elements["1"][1])[0].pid, signal.SIGKILL)
         assert not (parts / "part-0001.report.json").exists()
-        told, errors = launcher.communicate(timeout=120)
+        told, errors = launcher.communicate(timeout=400)
     finally:
         launcher.kill()
+    assert "2 parts, 2 at a time" in first and "at a time" not in told, "jobs that go on are not submitted again"
     assert launcher.returncode == 2, told + errors
     assert [slurm.field(elements[index][0], "Restarts") for index in ("0", "1")] == ["1", "1"]
     assert "2 of 2 parts done, " in told and f"6 films, 144 shots -> {out}" in told
