@@ -17,6 +17,7 @@ def add_task_options(evaluate: argparse.ArgumentParser) -> None:
     group.add_argument("--modalities", nargs="+", default=[], metavar="NAME", help="show the model these only")
     group.add_argument("--window-shots", type=int, metavar="N", help="longest run of shots that see each other")
     group.add_argument("--layers", type=int, metavar="N", help="finetune: the last N layers of each transformer learn")
+    group.add_argument("--with-base", action="store_true", help="heads read the base features, too")
     group.add_argument("--model-only", action="store_true", help="no rivals, which are the same for every checkpoint")
     group.add_argument("--trunk-lr", type=float, default=1e-4)
     group.add_argument("--head-lr", type=float, default=1e-3)
@@ -52,6 +53,7 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         seeds=arguments.seeds,
         modalities=tuple(arguments.modalities),
         window_shots=arguments.window_shots,
+        with_base=arguments.with_base,
         rivals=not arguments.model_only,
         fine_tuning=FineTuning(
             layers=arguments.layers,

@@ -33,6 +33,7 @@ class TaskSettings:
         seeds: draws of untrained networks, heads, orders and galleries.
         modalities: what the network is shown; empty: all.
         window_shots: longest run of shots that see each other; None: as it was trained.
+        with_base: heads read the base features beside the network's, trained or not.
         rivals: measure untrained networks and base features, too.
         fine_tuning: see there.
     """
@@ -41,6 +42,7 @@ class TaskSettings:
     seeds: int = 3
     modalities: tuple[str, ...] = ()
     window_shots: int | None = None
+    with_base: bool = False
     rivals: bool = True
     fine_tuning: FineTuning = field(default_factory=FineTuning)
 
@@ -80,6 +82,7 @@ def evaluate_tasks(
     check_modalities(trunk.model.config, index, name="the shards")
     if settings.modalities:
         choose_modalities(trunk, settings.modalities)
+    trunk.with_base = settings.with_base
     videos = Videos(Films(index))
     report = TaskReport(
         source=trunk.name,

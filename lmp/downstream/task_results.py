@@ -85,6 +85,7 @@ def render_tasks(report: TaskReport) -> str:
     """The report as markdown."""
     step = "" if report.step is None else f", step {report.step}"
     mode = "Heads on frozen features" if report.settings["mode"] == "probe" else "Heads fitted together with the trunk"
+    mode += ", beside the base features" if report.settings["with_base"] else ""
     parts = [
         f"# {report.source}{step}",
         f"{mode}; means over {report.settings['seeds']} seeds, with the deviation over seeds where it is not 0. "

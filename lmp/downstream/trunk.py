@@ -27,7 +27,7 @@ BATCH_SHOTS = 2048
 """Shots in one row of several windows."""
 
 Blocks = dict[str, Tensor]
-"""Block -> [S, width] float32: the modalities' names, and `cross`."""
+"""Block -> [S, width] float32: the modalities' names, `cross`, and `base/NAME` for base features beside them."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Trunk:
         max_shots: longest run of shots that see each other; None for no limit.
         modalities: what the network is shown; the others are missing in every shot.
         left_out: what the training data left out, as the checkpoint or folder says.
+        with_base: the base features come, too, as blocks of their own.
     """
 
     model: LmpModel | None
@@ -91,6 +92,7 @@ class Trunk:
     step: int | None = None
     max_shots: int | None = None
     left_out: dict[str, object] | None = field(default=None)
+    with_base: bool = False
 
     def blocks(self, films: Films, windows: Sequence[Window]) -> list[Blocks]:
         """Features of each window's shots, on the CPU, without gradients."""
@@ -109,12 +111,15 @@ class Trunk:
         hidden_N = torch.zeros(sum(sizes), dtype=torch.bool)
         for first, window in zip(np.cumsum([0, *sizes]), windows, strict=False):
             hidden_N[[first + place for place in window.hidden]] = True
-        if self.model is None:
+        base = {}
+        if self.model is None or self.with_base:
             seen = {name: valid[name] & ~hidden_N for name in self.modalities}
-            rows = {
+            base = {
                 name: torch.cat([seen_features(features[name], seen[name]), seen[name][:, None].float()], 1)
                 for name in self.modalities
             }
+        if self.model is None:
+            rows = base
         else:
             lengths = tuple(length for size in sizes for length in run_lengths(size, self.max_shots))
             device = self.model.device
@@ -129,6 +134,7 @@ class Trunk:
             rows = {name: output.contextual[name].float().flatten(1) for name in self.modalities}
             if any(name in self.modalities for name in self.model.config.sources):
                 rows["cross"] = output.cross.float().flatten(1)
+            rows |= {f"base/{name}": block.to(device) for name, block in base.items()}
         parts = {name: block.split(sizes) for name, block in rows.items()}
         return [{name: parts[name][n] for name in parts} for n in range(len(windows))]
 
@@ -204,7 +210,7 @@ def untrained(trunk: Trunk, seed: int) -> Trunk:
         torch.manual_seed(seed)
         model: nn.Module = LmpModel(trunk.model.config).float().eval().to(trunk.model.device)
     assert isinstance(model, LmpModel)
-    return Trunk(model, "untrained", trunk.modalities, None, trunk.max_shots)
+    return Trunk(model, "untrained", trunk.modalities, max_shots=trunk.max_shots, with_base=trunk.with_base)
 
 
 def base_features(trunk: Trunk) -> Trunk:

@@ -156,9 +156,9 @@ def _side(names: tuple[str, ...], window: Window, blocks: dict[str, Tensor], fil
     valid = films.read(window.film)[2]
     parts = []
     for name in names:
-        rows_SF = blocks[name]
-        there_S = valid[name][torch.from_numpy(window.rows_S)].to(rows_SF.device).float()
-        parts.append((rows_SF * there_S[:, None]).sum(0) / there_S.sum().clamp(min=1))
+        there_S = valid[name][torch.from_numpy(window.rows_S)].to(blocks[name].device).float()
+        both = [blocks[block] for block in (name, f"base/{name}") if block in blocks]
+        parts += [(rows_SF * there_S[:, None]).sum(0) / there_S.sum().clamp(min=1) for rows_SF in both]
     return torch.cat(parts)
 
 
