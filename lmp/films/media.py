@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from lmp.films.encoders.base import SAMPLE_RATE
 
 _POOL = 4  # frames kept for each frame wanted
 _HELD = 256  # frames kept besides, as long as it is open which shot they belong to
+_ROUNDING = 0.02  # of a place of a clip: containers round the times of frames to milliseconds
 _SOUND_SLACK = SAMPLE_RATE // 10  # time stamps may stray this much before they count as a gap
 
 
@@ -42,10 +43,21 @@ class FilmFacts:
 
 
 class Sampling(NamedTuple):
-    """`frames` pictures of a shot, evenly spread over its time, `height` pixels high."""
+    """Which pictures of a shot are taken.
+
+    Attributes:
+        frames: how many.
+        height: pixels.
+        rate: 0 spreads them evenly over the shot's time. Otherwise they are `clips` clips of so many pictures a
+            second, one near the middle of each of so many equal parts of the shot; what a shot lacks for a whole clip
+            is its last picture again.
+        clips: see rate.
+    """
 
     frames: int
     height: int
+    rate: float = 0.0
+    clips: int = 1
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class _Frame:
 
 
 class _Kept(NamedTuple):
-    """A frame of a pool: which one of the shot, when it is shown, the picture."""
+    """A frame of a pool: its place in the shot (see `_Pool`), when it is shown, the picture."""
 
     number: int
     time_ms: float
@@ -193,17 +205,22 @@ class _Kept(NamedTuple):
 class _Pool:
     """A few frames of a growing shot, for one sampling: every frame, every second, every fourth, as it grows.
 
-    All frames are kept from the time on at which another shot may turn out to have begun, up to a number.
+    With a rate it is every clip, every second, every fourth. These follow one another from the start of the shot, and
+    a frame's place is the picture of a clip that it may be: the first in that place is. All frames are kept from the
+    time on at which another shot may turn out to have begun, up to a number.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, start_ms: float) -> None:
         self._sampling, self._look = sampling, Look(sampling.height)
+        self._unit = sampling.frames // sampling.clips if sampling.rate else 1  # places that are kept together
+        self._start_ms = start_ms
         self._kept: list[_Kept] = []
         self._stride, self._count = 1, 0
 
     def add(self, frame: _Frame, open_ms: float) -> None:
-        if self._count % self._stride == 0 or frame.time_ms >= open_ms:
-            self._kept.append(_Kept(self._count, frame.time_ms, frame.scaled(self._look)))
+        number = self._place(frame.time_ms)
+        if number // self._unit % self._stride == 0 or frame.time_ms >= open_ms:
+            self._kept.append(_Kept(number, frame.time_ms, frame.scaled(self._look)))
         self._count += 1
         room = _POOL * self._sampling.frames
         if len(self._kept) > room:
@@ -211,28 +228,53 @@ class _Pool:
 
     def split(self, at_ms: float) -> _Pool:
         """Give the frames from this time on to a pool of their own."""
-        later = _Pool(self._sampling)
+        later = _Pool(self._sampling, at_ms)
         first = bisect_left(self._kept, at_ms, key=lambda kept: kept.time_ms)
         # A shot always has a picture; one that was told very late may get that of a neighbour.
         moved = self._kept[first:] or self._kept[-1:]
-        later._kept = [kept._replace(number=kept.number - moved[0].number) for kept in moved]
-        later._count = self._count - moved[0].number
+        if self._sampling.rate:
+            later._kept = [kept._replace(number=later._place(kept.time_ms)) for kept in moved]
+        else:
+            later._kept = [kept._replace(number=kept.number - moved[0].number) for kept in moved]
+            later._count = self._count - moved[0].number
         self._kept = self._kept[:first] or self._kept[:1]
         return later
 
     def sample(self, start_ms: float, end_ms: float) -> np.ndarray:
-        """uint8 [frames, height, width, 3]: what is seen in the middle of each of `frames` equal parts."""
-        frames, times = self._sampling.frames, [kept.time_ms for kept in self._kept]
+        """uint8 [frames, height, width, 3]: what is seen in the middle of each of `frames` equal parts, or clips."""
+        frames = self._sampling.frames
+        if self._sampling.rate:
+            first = {kept.number: kept.picture for kept in reversed(self._kept)}
+            places = sorted(first)
+            wanted = self._clips((end_ms - start_ms) * self._sampling.rate / 1000)
+            return np.stack([first[places[max(bisect_right(places, place) - 1, 0)]] for place in wanted])
+        times = [kept.time_ms for kept in self._kept]
         moments = [start_ms + (i + 0.5) / frames * (end_ms - start_ms) for i in range(frames)]
         return np.stack([self._kept[max(bisect_right(times, t) - 1, 0)].picture for t in moments])
 
+    def _place(self, time_ms: float) -> int:
+        """Of the next frame: how many came before it, or with a rate the time since the start of the shot."""
+        if not self._sampling.rate:
+            return self._count
+        return max(math.floor((time_ms - self._start_ms) * self._sampling.rate / 1000 + _ROUNDING), 0)
+
+    def _clips(self, length: float) -> list[int]:
+        """The places of `clips` clips, of a shot that has so many places."""
+        held = sorted({kept.number // self._unit for kept in self._kept})
+        whole = [clip for clip in held if (clip + 1) * self._unit <= length + 1] or held[:1]
+        middles = [(part + 0.5) / self._sampling.clips * length for part in range(self._sampling.clips)]
+        chosen = [min(whole, key=lambda clip: abs((clip + 0.5) * self._unit - middle)) for middle in middles]
+        return [clip * self._unit + place for clip in chosen for place in range(self._unit)]
+
     def _thin(self, room: int, open_ms: float) -> None:
         if len(self._kept) > room + _HELD:
-            open_ms = inf
-        certain = [kept.number for kept in self._kept if kept.time_ms < open_ms]
-        while sum(number % self._stride == 0 for number in certain) > room:
+            open_ms = math.inf
+        certain = [kept for kept in self._kept if kept.time_ms < open_ms]
+        still_open = self._kept[len(certain) :]
+        certain = [kept for i, kept in enumerate(certain) if i == 0 or kept.number > certain[i - 1].number]
+        while sum(kept.number // self._unit % self._stride == 0 for kept in certain) > room:
             self._stride *= 2
-        self._kept = [kept for kept in self._kept if kept.number % self._stride == 0 or kept.time_ms >= open_ms]
+        self._kept = [kept for kept in certain if kept.number // self._unit % self._stride == 0] + still_open
 
 
 class _Shot:
@@ -241,10 +283,10 @@ class _Shot:
     def __init__(self, samplings: Sequence[Sampling], start_ms: float) -> None:
         self.start_ms = start_ms
         self.frames = 0
-        self._pools = [_Pool(sampling) for sampling in samplings]
+        self._pools = [_Pool(sampling, start_ms) for sampling in samplings]
         self._samplings = samplings
 
-    def add(self, frame: _Frame, *, open_ms: float = inf) -> None:
+    def add(self, frame: _Frame, *, open_ms: float = math.inf) -> None:
         """One more frame; from `open_ms` on another shot may turn out to have begun."""
         self.frames += 1
         for pool in self._pools:

@@ -31,7 +31,8 @@ class Output:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.sampling = Sampling(encoder.frames, encoder.height)
+        clips = encoder.tokens if encoder.rate else 1
+        self.sampling = Sampling(encoder.frames, encoder.height, encoder.rate, clips)
         self.odd: Counter[str] = Counter()
         self._waiting: list[Any] = []
         self._bytes = 0

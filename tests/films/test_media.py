@@ -138,3 +138,24 @@ def test_what_is_no_film_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=name) as caught:
             probe(tmp_path / name)
         assert caught.value.remedy
+
+
+def test_clips_have_their_own_rate(tmp_path: Path) -> None:
+    """Frames of 30 a second, whose grey tells when they are shown, and clips of 4 pictures at 15 a second."""
+    path = tmp_path / "rising.mkv"
+    shades = [4 * number if number < 60 else 255 - 4 * (number - 60) for number in range(120)]
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=30, options={"crf": "0"})
+        video.width, video.height, video.pix_fmt = 64, 32, "yuv420p"
+        for shade in shades:
+            picture = np.full((32, 64, 3), shade, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+    clips = Sampling(8, 16, rate=15, clips=2)
+    rising, short = read_pictures(path, [clips], shots=np.array([[0, 2000], [2000, 2100]], np.int32))
+    # Clips follow one another every 8 frames; those nearest to the middles of both halves.
+    assert greys(rising.samples[clips]) == pytest.approx([*shades[8:16:2], *shades[40:48:2]], abs=3)
+    assert greys(short.samples[clips]) == pytest.approx([255, 247, 247, 247] * 2, abs=3)
+    # Of a shot of 60 places the pool has room for half: every second clip.
+    (whole,) = read_pictures(path, [clips], shots=build_finder(min_shot_s=9.0))
+    assert greys(whole.samples[clips]) == pytest.approx([*shades[32:40:2], *shades[80:88:2]], abs=3)

@@ -16,6 +16,7 @@ pytest.importorskip("scenedetect")
 from lmp.data.index import FilmIndex  # noqa: E402
 from lmp.films import film as room  # noqa: E402
 from lmp.films import kept  # noqa: E402
+from lmp.films.encoders.r2plus1d import R2Plus1D  # noqa: E402
 from lmp.films.encoders.vggish import VGGish  # noqa: E402
 from lmp.films.ingest import ingest  # noqa: E402
 from lmp.films.media import Sampling, read_pictures, read_sound  # noqa: E402
@@ -176,3 +177,18 @@ def test_a_film_that_changed_is_read_again(tmp_path: Path) -> None:
     assert kept.load(path, kept.signature({"video": 2}, [film.state(), None])) is None
     path.write_bytes(path.read_bytes()[:-3])
     assert kept.load(path, sign) is None
+
+
+def test_clips_at_the_publishers_rate_go_into_the_shards(tmp_path: Path) -> None:
+    torch.save(seeded_weights(R2Plus1D(18)), tmp_path / "r18.pth")
+    film = write(tmp_path / "film.mkv", levels=(0.1,) * 2)
+    (tmp_path / "film.txt").write_text("0 20\n")
+    made = {}
+    for spec in ("frames=2", "frames=2,rate=15"):
+        out = tmp_path / spec
+        video = f"r2plus1d:{tmp_path}/r18.pth,{spec}"
+        ingest([film], out, encoders={"video": video}, shot_lists=tmp_path / "film.txt", progress=False)
+        index = FilmIndex.load(out)
+        made[spec] = index.read(0, 0, 1).features["video"]
+        assert index.info(0)["encoders"]["video"]["sampling"].get("rate", 0) == (15 if "rate" in spec else 0)
+    assert not torch.equal(*made.values())

@@ -17,7 +17,7 @@ class Encoder(Protocol):
     """Turns shots into `tokens` vectors of `width` numbers each.
 
     A shot is, by `kind`:
-        picture: uint8 RGB array [N, h, w, 3] of up to `frames` uniformly spaced frames, `height` pixels high.
+        picture: uint8 RGB array [N, h, w, 3] of up to `frames` frames, `height` pixels high; see `rate`.
         sound: float32 mono array at 16 kHz.
         words: a string.
     """
@@ -45,6 +45,11 @@ class Encoder(Protocol):
     @property
     def height(self) -> int:
         """Height of the frames wanted, in pixels; 0 unless a picture encoder."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """Frames a second of the clips wanted, one for each token; 0: the frames are spread over the shot."""
         ...
 
     def encode(self, shots: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ _PREFIXES = "|".join((*KINDS, *NETWORKS, *FAMILIES))
 # A folder may have a plus or a comma in its name: only what begins another part, or is an option, counts.
 _PLUS = re.compile(rf"\+(?=(?:{_PREFIXES}):|signal(?:[-,+]|$))")
 _OPTION = re.compile(r",([a-z_]+)=([^,]*)$")
-_COUNTS = ("tokens", "frames")
+_COUNTS = ("tokens", "frames", "rate")
 _CHOICES: dict[str, dict[str, Any]] = {
     "pooling": {pooling: pooling for pooling in POOLINGS},
     "normalize": {"true": True, "false": False},
@@ -121,7 +121,7 @@ def _build_network(name: str, modality: str, path: str, options: dict[str, Any],
         return VGGishEncoder(Path(path), **options, device=device)
     from lmp.films.encoders.r2plus1d import R2Plus1DEncoder
 
-    _check_options(modality, name, options, ("tokens", "frames"))
+    _check_options(modality, name, options, ("tokens", "frames", "rate"))
     return R2Plus1DEncoder(Path(path), **options, device=device)
 
 

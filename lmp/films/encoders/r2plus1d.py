@@ -125,6 +125,8 @@ class R2Plus1DEncoder:
         path: weights (.pt, .pth, .safetensors). The depth is told from them; a classifier is not used.
         tokens: K.
         frames: of a clip; None takes 16 for 18 layers and 32 for 34, what they were trained on.
+        rate: frames a second of a clip, taken near the middle of its part; 15 is what the weights were trained on.
+            0 spreads the clip over its part, so that it shows all of it.
         batch_size: clips per forward pass.
 
     Raises:
@@ -141,6 +143,7 @@ class R2Plus1DEncoder:
         *,
         tokens: int = 1,
         frames: int | None = None,
+        rate: int = 0,
         batch_size: int = 4,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -155,6 +158,7 @@ class R2Plus1DEncoder:
         self._batch_size = batch_size
         self.tokens = tokens
         self.frames = tokens * self._clip
+        self.rate = float(rate)
         self.name = f"r2plus1d-{depth}"
         self.version = digest(self._model)
 
@@ -181,7 +185,8 @@ class R2Plus1DEncoder:
             "tokens": self.tokens,
             "width": self.width,
             "pooling": "mean",
-            "sampling": {"frames": self._clip, "height": self.height, "resized": list(RESIZED), "crop": CROP},
+            "sampling": {"frames": self._clip, "height": self.height, "resized": list(RESIZED), "crop": CROP}
+            | ({"rate": self.rate} if self.rate else {}),
         }
 
     def _part(self, shot_Nhw3: np.ndarray, part: int) -> Tensor:

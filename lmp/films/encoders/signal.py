@@ -35,6 +35,7 @@ class _SignalEncoder(ABC):
     version: ClassVar[str] = "1"
     width: ClassVar[int]
     height: ClassVar[int] = 0
+    rate: ClassVar[float] = 0.0
     _frames: ClassVar[int] = 0  # wanted per token
 
     def __init__(self, *, tokens: int = 1) -> None:

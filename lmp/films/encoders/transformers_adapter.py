@@ -59,6 +59,8 @@ class TransformersEncoder:
         UserError: no such folder or name, files missing from it, or a model that does not encode this kind.
     """
 
+    rate = 0.0
+
     def __init__(
         self,
         kind: Kind,

@@ -110,6 +110,7 @@ class VGGishEncoder:
     width = WIDTH
     frames = 0
     height = 0
+    rate = 0.0
 
     def __init__(
         self,
