@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from lmp.downstream.tasks.base import Items, Loss, Task, by_group
@@ -79,7 +81,9 @@ def rows_of(task: Task, trunk: Trunk, films: Films, items: Items) -> Tensor:
     """The head's input for every item, from frozen features: [I, R] float32."""
     found: list[Tensor] = [torch.empty(0)] * len(items.windows)
     of_window = _items_of_windows(items)
-    for first in range(0, len(items.windows), 256):
+    for first in track(
+        range(0, len(items.windows), 256), f"{task.name}: {trunk.name}", console=Console(stderr=True), transient=True
+    ):
         windows = items.windows[first : first + 256]
         for number, blocks in enumerate(trunk.blocks(films, windows), first):
             found[number] = represent(task, items, of_window[number], films, blocks, items.windows[number])
@@ -271,12 +275,18 @@ def fine_tune(
             head.eval()
             judged = task.scores(items, val, _output(task, items, learnt, films, head, val))
             score = judged[task.metric] * (1 if task.higher else -1)
+            tell_epoch(task.name, trunk.name, epoch, judged[task.metric])
             if best is None or score > best[0]:
                 best = score, epoch, _output(task, items, learnt, films, head, part.test)
             elif epoch - best[1] >= settings.patience:
                 break
     assert best is not None
     return best[2], best[1]
+
+
+def tell_epoch(task: str, trunk: str, epoch: int, score: float) -> None:
+    """Say on stderr how far a fit is."""
+    Console(stderr=True).print(f"{task}: {trunk}, epoch {epoch}: {score:.4g} on val", highlight=False)
 
 
 def _batches(

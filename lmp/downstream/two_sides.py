@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
-from lmp.downstream.heads import FineTuning, trainable
+from lmp.downstream.heads import FineTuning, tell_epoch, trainable
 from lmp.downstream.metrics import chance
 from lmp.downstream.tasks.base import RetrievalTask
 from lmp.downstream.trunk import Films, Trunk, Window
@@ -48,7 +50,9 @@ def split_clips(windows: list[Window], split_N: np.ndarray, *, seed: int) -> Cli
 def sides_of(task: RetrievalTask, trunk: Trunk, films: Films, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     """Frozen features of queries [N, F] and candidates [N, G]."""
     found: tuple[list[Tensor], list[Tensor]] = [], []
-    for first in range(0, len(windows), 256):
+    for first in track(
+        range(0, len(windows), 256), f"{task.name}: {trunk.name}", console=Console(stderr=True), transient=True
+    ):
         batch = windows[first : first + 256]
         for window, blocks in zip(batch, trunk.blocks(films, batch), strict=True):
             for side, rows in zip(task.sides, found, strict=True):
@@ -125,6 +129,7 @@ def fine_tune_sides(
                 loss.backward()
                 optimiser.step()
             score = task.scores(judged(clips.val), seed=seed)[task.metric]
+            tell_epoch(task.name, trunk.name, epoch, score)
             if best is None or score > best[0]:
                 best = score, epoch, judged(clips.test)
             elif epoch - best[1] >= settings.patience:
