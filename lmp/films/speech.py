@@ -207,13 +207,14 @@ class Whisper:
         lines = []
         for start_s, end_s, text in segments:
             first, last = round(start_s * SAMPLE_RATE), round(end_s * SAMPLE_RATE)
+            (heard,) = np.nonzero(_levels(piece.wave[first : max(last, first + _BLOCK)]) >= QUIET)
             said = without_loops(text)
-            # Over the silence that fills a piece up, or over that of the film.
-            if first >= len(piece.wave) or loudest(piece.wave[first : max(last, first + _BLOCK)]) < QUIET:
-                continue
-            if plain(said):
-                begin, end = piece.start + first, piece.start + min(max(last, first), len(piece.wave))
-                lines.append(Line(begin * 1000 // SAMPLE_RATE, end * 1000 // SAMPLE_RATE, said))
+            # Nothing is heard over the silence that fills a piece up, or over that of the film.
+            if len(heard) and plain(said):
+                # Time stamps reach over the silence before a line and after it.
+                end = min(first + (int(heard[-1]) + 1) * _BLOCK, max(last, first), len(piece.wave))
+                begin = min(first + int(heard[0]) * _BLOCK, end)
+                lines.append(Line(_ms(piece.start + begin), _ms(piece.start + end), said))
         if silent or compression(" ".join(line.text for line in lines)) > COMPRESSION:
             lines = []
         return _Heard(lines, len(segments) - len(lines), resume_s)
@@ -278,6 +279,10 @@ def pieces_of(waves: Iterable[np.ndarray], longest: int) -> Iterator[Piece]:
 def loudest(wave: np.ndarray) -> float:
     """Root mean square of the loudest tenth of a second."""
     return float(_levels(wave).max(initial=0.0))
+
+
+def _ms(sample: int) -> int:
+    return sample * 1000 // SAMPLE_RATE
 
 
 def _levels(wave: np.ndarray) -> np.ndarray:

@@ -137,6 +137,8 @@ def test_nothing_is_said_over_silence(clear: Path) -> None:
     assert whisper.transcribe([np.full(16000 * 9, 1e-5, np.float32)]).lines == ()
     heard = whisper.transcribe(sound(3.0, silence=(1.5, 3.0)))
     assert (heard.lines, heard.dropped) == ((Line(200, 1200, SAID),), 1)
+    late = whisper.transcribe(sound(3.0, silence=(0.0, 0.5)))
+    assert (late.lines[0].start_ms, late.lines[0].end_ms) == (500, 1200), "its time stamps reach over the silence"
     over_its_end = whisper.transcribe(sound(1.0))
     assert (over_its_end.lines, over_its_end.dropped) == ((Line(200, 1000, SAID),), 1)
 
