@@ -107,6 +107,9 @@ def main(words: Sequence[str]) -> int:
         # Out of the way first, whole: the last jobs may still be writing their logs.
         over = (out / FOLDER).rename(out / f"{FOLDER}-{time.time_ns():x}")
         shutil.rmtree(over, ignore_errors=True)
+        if not report.films:
+            with contextlib.suppress(OSError):
+                out.rmdir()
     return tell(report, arguments.out)
 
 

@@ -238,6 +238,20 @@ def test_facts_of_a_list_reach_the_record_and_the_list_of_films_to_leave_out(fil
     assert (info["imdbid"], info["title"], info["source"], info["fps"]) == ("tt1", "The one", "film-0000.mp4", 12.0)
 
 
+def test_shots_and_subtitles_of_a_list_are_followed(films: Path, tmp_path: Path, memory: Any, scratch: Path) -> None:
+    memory.pipe({"/b/one.txt": b"0 12\n12 40\n", "/b/one.srt": b"1\n00:00:01,500 --> 00:00:02,000\nhello\n"})
+    rows = [f"{films}/film-0000.mp4,memory://b/one.txt,memory://b/one.srt", f"{films}/film-0001.mp4,,"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,shots,subtitles", *rows]))
+    report = ingest([tmp_path / "list.csv"], tmp_path / "out", encoders=SIGNAL, progress=False)
+    assert (report.films, report.failures) == (2, [])
+    index = FilmIndex.load(tmp_path / "out")
+    given = index.read(0, 0, 2)
+    assert given.shots_N2.tolist() == [[0, 1000], [1000, 3333]] and given.valid["text"].tolist() == [False, True]
+    assert index.info(0)["shots_from"] == {"list": "one.txt"}
+    assert int(index.shots[1]) > 2 and index.info(1)["subtitles"] is None, "those beside it are not taken"
+    assert list(scratch.iterdir()) == []
+
+
 def test_an_error_names_the_source_and_not_its_copy(films: Path, tmp_path: Path, memory: Any, scratch: Path) -> None:
     memory.pipe({"/b/cut.mp4": (films / "film-0000.mp4").read_bytes()[:2000], "/b/text.mp4": b"text\n" * 100})
     sources = ["memory://b/cut.mp4", "memory://b/text.mp4", "memory://b/none.mp4", films / "film-0001.mp4"]
