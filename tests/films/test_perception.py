@@ -191,3 +191,18 @@ def test_any_other_model_of_sound(tmp_path: Path) -> None:
     for wave, vector in zip(waves[:2], features[:, 0], strict=False):
         wanted = model(**extractor(wave, sampling_rate=16000, return_tensors="pt")).last_hidden_state[0].mean(0)
         torch.testing.assert_close(vector, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_picture_without_its_pooler_is_its_first_token(tmp_path: Path) -> None:
+    """As classifiers are published; transformers would fill the pooler with random numbers."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**TOWER, image_size=32, patch_size=16)
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(RAW), encoding="utf-8")
+    shot = film_frames(3, 32, 32)
+    encoder = one("video", f"{tmp_path},frames=3")
+    hidden_NTD = model.vit(pixels(shot)[0]).last_hidden_state
+    torch.testing.assert_close(encoder.encode([shot])[0][0, 0], hidden_NTD[:, 0].mean(0), atol=1e-5, rtol=1e-4)
+    assert encoder.version == one("video", str(tmp_path)).version

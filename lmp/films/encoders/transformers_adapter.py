@@ -25,7 +25,7 @@ EXAMPLES = {
     "sound": "wav2vec 2.0, WavLM, Whisper, AST, CLAP or Perception Encoder",
     "words": "BART or BERT",
 }
-FAMILIES: dict[str, tuple[str, ...]] = {  # the model types of transformers that a family goes by, if not its name
+MODEL_TYPES: dict[str, tuple[str, ...]] = {  # of transformers, that a family goes by, if not its name
     "ast": ("audio-spectrogram-transformer",),
     "clap": ("clap", "clap_audio_model"),
     "clip": ("clip", "clip_vision_model"),
@@ -41,8 +41,9 @@ _SPECTRA = ("whisper", "audio-spectrogram-transformer", "clap", "clap_audio_mode
 class TransformersEncoder:
     """A transformers model whose last hidden states are averaged over the tokens that are not padding.
 
-    With K > 1 they are averaged over K parts of the shot: equal parts of its sound, of its frames or tubelets,
-    or of its text's tokens (neighbours share what does not divide). Sound longer than the model takes is
+    A model that ends in one vector for a picture, a clip or a piece of sound gives that one, and `Sentences` may say
+    otherwise for a text. With K > 1 they are averaged over K parts of the shot: equal parts of its sound, of its frames
+    or tubelets, or of its text's tokens (neighbours share what does not divide). Sound longer than the model takes is
     encoded in pieces, whose tokens are averaged together; text beyond its longest input is cut off. Runs
     without gradients, in float32.
 
@@ -84,7 +85,7 @@ class TransformersEncoder:
         self._source, self.name = saved.find(source, role=self._role)
         config = self._load(transformers.AutoConfig)
         self._model_type = str(config.model_type)
-        if family is not None and self._model_type not in FAMILIES.get(family, (family,)):
+        if family is not None and self._model_type not in MODEL_TYPES.get(family, (family,)):
             raise UserError(
                 f"{source} is a {self._model_type} model, not {family}",
                 remedy=f"write {kind}:{source}, or give the folder of a {family} model",
