@@ -58,6 +58,22 @@ class Work(NamedTuple):
     scratch: Path
 
 
+class BatchRow(NamedTuple):
+    """Shots of one film in batches of one size.
+
+    Attributes:
+        encoder: its name.
+        batch: shots that it is given at once.
+        cpu_seconds: a shot.
+        difference: the largest between its features and those of each shot alone, over the largest feature.
+    """
+
+    encoder: str
+    batch: int
+    cpu_seconds: float
+    difference: float
+
+
 @dataclass
 class IngestBenchReport:
     """What `lmp bench ingest` found.
@@ -67,6 +83,7 @@ class IngestBenchReport:
         turns: subject (see SUBJECTS) -> one reading a repetition.
         skipped: subject -> why it did not run.
         peaks: seconds of a long film -> bytes resident at the peak while it was ingested, and before.
+        batches: what the size of batches changes, for the first film.
     """
 
     command: str
@@ -77,6 +94,7 @@ class IngestBenchReport:
     turns: dict[str, list[Turn]]
     skipped: dict[str, str]
     peaks: dict[int, tuple[int, int]]
+    batches: list[BatchRow]
 
     def of_decode(self, subject: str) -> list[float]:
         """CPU time over that of `decode` in the same repetition."""
@@ -97,7 +115,7 @@ class IngestBenchReport:
             }
             for subject, turns in self.turns.items()
         }
-        return asdict(self) | {"turns": rows}
+        return asdict(self) | {"turns": rows, "batches": [row._asdict() for row in self.batches]}
 
 
 def bench_ingest(
@@ -108,6 +126,7 @@ def bench_ingest(
     make_shots: int = 40,
     reps: int = 3,
     lengths: Sequence[int] = (),
+    batches: Sequence[int] = (),
     step: Callable[[str, int], None] = lambda what, of: None,
 ) -> IngestBenchReport:
     """Measure all subjects by turns, `reps` times; then the peak of memory on films of the given lengths.
@@ -117,6 +136,7 @@ def bench_ingest(
         encoders: modality -> base encoder, as for `ingest`.
         make, make_shots: how many films are made, and their shots (3 s or less each).
         lengths: seconds of generated films, for the peak of memory.
+        batches: shots that encoders are given at once, to see what that changes; 1 comes first by itself.
         step: told before each reading what comes, and how many there are in all.
 
     Raises:
@@ -125,7 +145,7 @@ def bench_ingest(
     from lmp.films.media import probe
     from lmp.films.sources import expand
 
-    if reps < 1 or make < 1 or make_shots < 1 or any(length < 4 for length in lengths):
+    if min(reps, make, make_shots, *batches) < 1 or any(length < 4 for length in lengths):
         raise UserError("nothing to measure", remedy="give 1 or more films, shots and repetitions, and 4 s or more")
     machine = machine_facts()
     skipped = {} if shutil.which("ffmpeg") else {FFMPEG: "the program is not installed"}
@@ -143,6 +163,8 @@ def bench_ingest(
             for subject in turns:
                 step(subject, reps * len(turns) + len(lengths))
                 turns[subject].append(in_process(_measure, subject, work, preload=_PRELOAD))
+        sizes = sorted({1, *batches}) if batches else []
+        found = in_process(_batches, work, sizes, preload=_PRELOAD) if sizes else []
         peaks = {}
         for length in lengths:
             step(f"memory, {length} s", reps * len(turns) + len(lengths))
@@ -150,7 +172,7 @@ def bench_ingest(
             peaks[length] = in_process(_peak, work._replace(films=(film,)), preload=_PRELOAD)
             film.unlink()
     command = shlex.join(["lmp", *sys.argv[1:]])
-    return IngestBenchReport(command, machine, dict(encoders), len(made), film_seconds, turns, skipped, peaks)
+    return IngestBenchReport(command, machine, dict(encoders), len(made), film_seconds, turns, skipped, peaks, found)
 
 
 def _measure(subject: str, work: Work, answer: Connection) -> None:
@@ -173,6 +195,30 @@ def _peak(work: Work, answer: Connection) -> None:
         before = _resident_peak()
         _ingest(work)
         return _resident_peak(), before
+
+    run_in_child(measured, answer)
+
+
+def _batches(work: Work, sizes: Sequence[int], answer: Connection) -> None:
+    """Target of a process: sends BatchRows."""
+
+    def measured() -> list[BatchRow]:
+        import torch
+
+        rows = []
+        for standin in _recorded(work._replace(films=work.films[:1])):
+            shots = [shot for batch in standin.given for shot in batch][: max(sizes)]
+            encode, alone = standin.encoder.encode, None
+            with torch.inference_mode():
+                encode(shots[:1])
+                for size in sizes:
+                    cpu = _cpu_seconds()
+                    made = torch.cat([encode(shots[at : at + size])[0] for at in range(0, len(shots), size)])
+                    cpu = (_cpu_seconds() - cpu) / len(shots)
+                    alone = made if alone is None else alone
+                    difference = float((made - alone).abs().max() / alone.abs().max())
+                    rows.append(BatchRow(standin.encoder.name, size, cpu, difference))
+        return rows
 
     run_in_child(measured, answer)
 

@@ -72,6 +72,9 @@ def register(bench: Any) -> None:
     films.add_argument(
         "--memory", type=_numbers, default=(), metavar="S,S", help="seconds of long films, for the peak of memory"
     )
+    films.add_argument(
+        "--batches", type=_numbers, default=(), metavar="N,N", help="shots encoded at once: what that changes"
+    )
     films.add_argument("--out", type=Path, metavar="REPORT.json")
     films.set_defaults(run=_ingest)
 
@@ -167,6 +170,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
             make_shots=arguments.make_shots,
             reps=arguments.reps,
             lengths=arguments.memory,
+            batches=arguments.batches,
             step=step,
         )
     _print_ingest(report)
@@ -280,6 +284,11 @@ def _print_ingest(report: IngestBenchReport) -> None:
         print(f"| {subject} | {' | '.join(cells)} | {SUBJECTS[subject]} |")
     for subject, why in report.skipped.items():
         print(f"{subject}: skipped, {why}")
+    if report.batches:
+        print("\n| encoder | shots at once | CPU ms a shot | features differ from those of each alone by |")
+        print("|---|---|---|---|")
+    for row in report.batches:
+        print(f"| {row.encoder} | {row.batch} | {row.cpu_seconds * 1000:.1f} | {row.difference:.1g} |")
     for seconds, (peak, before) in report.peaks.items():
         print(f"a film of {seconds} s: at most {peak / 1e6:.0f} MB resident, {before / 1e6:.0f} MB before it")
     _print_machine(report.machine)

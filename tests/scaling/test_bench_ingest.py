@@ -32,7 +32,9 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_holds_every_subject(film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report.json"
-    assert main(["bench", "ingest", str(film), "--reps", "1", "--memory", "8", "--out", str(out)]) == 0
+    assert (
+        main(["bench", "ingest", str(film), "--reps", "1", "--memory", "8", "--batches", "4", "--out", str(out)]) == 0
+    )
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert {*found["turns"], *found["skipped"]} == set(SUBJECTS)
     assert (FFMPEG in found["skipped"]) == (shutil.which("ffmpeg") is None)
@@ -42,6 +44,10 @@ def test_the_report_holds_every_subject(film: Path, tmp_path: Path, capsys: pyte
         assert len(row["cpu_seconds"]) == 1 and row["cpu_seconds"][0] > 0
         assert row["films_per_cpu_second"]["median"] == pytest.approx(1 / row["cpu_seconds"][0])
         assert f"| {subject} |" in printed
+    assert [(row["encoder"], row["batch"]) for row in found["batches"]] == [
+        (f"signal-{kind}", size) for kind in ("picture", "sound", "words") for size in (1, 4)
+    ]
+    assert all(row["difference"] == 0 and row["cpu_seconds"] > 0 for row in found["batches"])  # nothing learned
     peak, before = found["peaks"]["8"]
     assert peak > before > 0
 
