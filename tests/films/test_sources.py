@@ -210,6 +210,7 @@ def test_films_of_tars_and_urls_are_read_as_local_ones(
         return path
 
     monkeypatch.setattr(Source, "copy_into", counting)
+    monkeypatch.setattr("lmp.films.sources._PIECE", 1000)  # films are many times as long as what is read at once
     sources = [local, tmp_path / "tarred.tar", "memory://b", "memory://t/0.tar"]
     report = ingest(sources, tmp_path / "out", encoders=SIGNAL, progress=False)
     assert (report.films, report.failures) == (4, [])
@@ -283,8 +284,15 @@ def test_an_interrupted_ingest_fetches_again_only_what_has_changed(
             ingest(["memory://b"], tmp_path / "out", encoders=SIGNAL, progress=False)
     assert fetched == ["a.mp4", "b.mp4"]
     memory.pipe("/b/b.mp4", (films / "film-0001.mp4").read_bytes())
-    ingest(["memory://b"], tmp_path / "out", encoders=SIGNAL, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("lmp.films.ingest.ShardWriter.close", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(["memory://b"], tmp_path / "out", encoders=SIGNAL, progress=False)
     assert fetched == ["a.mp4", "b.mp4", "b.mp4"]
+    (tmp_path / "list.csv").write_text("path,year\nmemory://b/a.mp4,1999\nmemory://b/b.mp4,\n")  # a fact is new
+    ingest([tmp_path / "list.csv"], tmp_path / "out", encoders=SIGNAL, progress=False)
+    assert fetched == ["a.mp4", "b.mp4", "b.mp4", "a.mp4"]
+    assert FilmIndex.load(tmp_path / "out").info(0)["year"] == "1999"
     ingest([films / "film-0001.mp4"], tmp_path / "one", encoders=SIGNAL, progress=False)
     index, one = FilmIndex.load(tmp_path / "out"), FilmIndex.load(tmp_path / "one")
     assert index.shots[1] == one.shots[0]
