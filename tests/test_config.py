@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -288,3 +291,13 @@ def test_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     printed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert printed == leaves(yaml.safe_load(built().dump()))
     assert printed == [key for key, _, _ in config_help()]
+
+
+def test_output_that_nobody_reads_to_the_end_is_no_fault() -> None:
+    command = [sys.executable, "-m", "lmp.cli", "config", "keys"]
+    told = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert told.stdout is not None and told.stderr is not None
+    told.stdout.close()
+    assert told.stderr.read() == b""
+    assert told.wait() == 128 + signal.SIGPIPE
+    assert subprocess.run(command, capture_output=True, cwd=ROOT, check=True).stderr == b""
