@@ -125,7 +125,7 @@ def test_failures_are_tried_again_within_bounds_and_mistakes_are_not(
     tmp_path: Path, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = {"100_0": 2, "100_1": 75, "101_0": 75, "102_0": 75}
-    monkeypatch.setattr(study_slurm, "_exit_code", codes.get)
+    monkeypatch.setattr(study_slurm, "exit_code", codes.get)
     watched = runner(tmp_path, grid={}, retries=2)
     watched.start()
     monkeypatch.setattr(
