@@ -238,7 +238,7 @@ def _set_threads() -> None:
 
 def _submit(run: Path, steps: Sequence[int], request: Request, given_up: set[int]) -> bool:
     """Submit what has no job; returns whether any job is under way."""
-    from launch.slurm import executor, submit
+    from launch.executor import executor, submit
     from launch.slurm_state import may_go_on
 
     file = run / "evaluation" / "jobs.json"

@@ -13,9 +13,8 @@ from functools import cached_property
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from launch.executor import CHECKOUT
+from launch.executor import CHECKOUT, executor, submit_array
 from launch.follow import Request, TaskRequest, measure_finished, one_process, unmeasured
-from launch.slurm import executor, submit_array
 from launch.slurm_state import RESTART_SECONDS, answers, exit_code, is_over, known_state, may_go_on, slurm
 from launch.snapshot import Snapshot
 from launch.study.cells import Cell
