@@ -201,7 +201,8 @@ def _measured(run: Path, step: int, request: Request, out: Path) -> dict[str, An
         for found in report.results:
             scores = {name: asdict(score) for name, score in found.rows["model"].items()}
             results["tasks"][found.task] = {"metric": found.metric, "n": found.n, "scores": scores}
-    write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
+    if request.tasks:
+        write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -238,16 +237,10 @@ class _Reader:
 
     def shot(self, tar: Tar, sample: Sample, place: str) -> _Shot:
         """Read one sample."""
-        info: dict[str, Any] = {}
-        if (member := sample.members.get("json")) is not None:
-            try:
-                info = json.loads(tar.read(member.offset, member.size))
-            except ValueError as error:
-                raise UserError(f"{place}: its json is not JSON: {error}", remedy="write the tar again") from error
-            if not isinstance(info, dict):
-                raise UserError(f"{place}: its json is no object", remedy="write {...}")
-        elif self._timed:
+        info = tar.record(sample, place)
+        if info is None and self._timed:
             raise UserError(f"{place}: has no json, so no times", remedy="give shot lists with --shots")
+        info = info or {}
         found = {}
         for name, feature in self._features.items():
             rows_KD = _read(tar, sample, name, feature, tar.path)

@@ -6,12 +6,13 @@ the archive, and lose the rest without a word.
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmp.data.storage import Files, Range, ReadError, files_at, is_url
 from lmp.errors import UserError
@@ -99,6 +100,22 @@ class Tar:
                 raise UserError(f"{self.path} ends before byte {offset + size}", remedy=AGAIN)
             done += got
         return buffer
+
+    def record(self, sample: Sample, place: str) -> dict[str, Any] | None:
+        """What a sample's member `json` holds; None where it has none.
+
+        Raises:
+            UserError: that is no JSON object, or as `read`; `place` names the sample.
+        """
+        if (member := sample.members.get("json")) is None:
+            return None
+        try:
+            told = json.loads(self.read(member.offset, member.size))
+        except ValueError as error:
+            raise UserError(f"{place}: its json is not JSON: {error}", remedy="write the tar again") from error
+        if not isinstance(told, dict):
+            raise UserError(f"{place}: its json is no object", remedy="write {...}")
+        return told
 
     def _read_remote(self, files: Files, offset: int, size: int) -> bytearray:
         if offset + size > self.size:

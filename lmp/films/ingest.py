@@ -120,7 +120,7 @@ def ingest(
     kept_films = out / kept.FOLDER
     found_by = None if built.finder is None else built.finder.describe()
     heard_by = None if built.speech is None else built.speech.describe()
-    settings = {**described, "device": device, "shots": found_by, "speech": heard_by}
+    settings = {"encoders": described, "device": device, "shots": found_by, "speech": heard_by}
     jobs = _jobs(wanted, shot_lists, subtitles, workers, kept_films, settings)
     writer = ShardWriter(out, encoders=described, films_per_shard=films_per_shard, prefix="films", overwrite=overwrite)
     try:

@@ -324,14 +324,7 @@ def _add_tar(found: Found, location: str) -> None:
 
 def _from_sample(tar: Tar, sample: Sample, location: str) -> Film:
     place = f"{location}, sample {sample.key}"
-    told: dict[str, Any] = {}
-    if (member := sample.members.get("json")) is not None:
-        try:
-            told = json.loads(tar.read(member.offset, member.size))
-        except ValueError as error:
-            raise UserError(f"{place}: its json is not JSON: {error}", remedy="write the tar again") from error
-        if not isinstance(told, dict):
-            raise UserError(f"{place}: its json is no object", remedy="write the tar again")
+    told = tar.record(sample, place) or {}
 
     def source(suffixes: Iterable[str]) -> Source | None:
         for extension, member in sample.members.items():

@@ -165,6 +165,22 @@ def test_an_interrupted_ingest_goes_on_where_it_was(tmp_path: Path, monkeypatch:
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
+def test_no_name_of_a_modality_hides_that_its_encoder_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = write(tmp_path / "a.mkv")
+    for name in ("speech", "device"):
+        with monkeypatch.context() as patch:
+            patch.setattr("lmp.films.ingest._write", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ingest([film], tmp_path / name, encoders={name: "signal-sound"}, progress=False)
+        assert [path.name for path in (tmp_path / name / kept.FOLDER).iterdir()] == ["a.safetensors"]
+        ingest([film], tmp_path / name, encoders={name: "signal-sound,tokens=2"}, progress=False)
+        assert FilmIndex.load(tmp_path / name).read(0, 0, 1).features[name].shape[1] == 2
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_film_that_changed_is_read_again(tmp_path: Path) -> None:
     path, film = tmp_path / "kept" / "a.safetensors", Source.of(tmp_path / "film")
     (tmp_path / "film").write_bytes(b"1")

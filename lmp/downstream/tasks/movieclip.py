@@ -69,8 +69,11 @@ def split_of_clips(labels: Path) -> dict[str, str]:
 
 
 def hidden_together(film: Clip) -> list[Window]:
-    """The shots of a film, `TOGETHER` times over, each time with another share of them hidden."""
-    return [replace(film.window(), hidden=tuple(range(first, film.stop, TOGETHER))) for first in range(TOGETHER)]
+    """The shots of a film, up to `TOGETHER` times over, each time with another share of them hidden."""
+    return [
+        replace(film.window(), hidden=tuple(range(first, film.stop, TOGETHER)))
+        for first in range(min(TOGETHER, film.stop))
+    ]
 
 
 class HiddenShot(Task):
