@@ -21,8 +21,8 @@ class Output:
     """Collects the inputs of one encoder into batches, and its outputs.
 
     A batch holds shots of one film only: the last bits of a network's output depend on what else is in its batch
-    (`lmp bench ingest --batches` tells by how much), and a film's bytes must not depend on the films before it, on a restart
-    or on how a list of films is divided.
+    (`lmp bench ingest --batches` tells by how much), and a film's bytes must not depend on the films before it, on a
+    restart or on how a list of films is divided.
 
     Attributes:
         odd: shots that are `silent` or `black`, whose features are not finite (`nan`), or are the very same
